@@ -1,0 +1,18 @@
+"""Importance scores for Megatron-Core and Hugging Face models, the same on every parallel layout.
+
+>>> import megascore
+>>> with megascore.attach(model, recipe="minitron") as run:  # doctest: +SKIP
+...     for batch in loader:
+...         model(batch)
+...         run.step()
+>>> run.finish().save("scores.safetensors")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from megascore.embedding import attach
+from megascore.scoring.score_file import Scores, load_scores
+
+__all__ = ["Scores", "__version__", "attach", "load_scores"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Block-input capture: storing what goes into a block, and running blocks alone. Needs PyTorch alone."""

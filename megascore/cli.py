@@ -1,0 +1,151 @@
+"""The command line: ``megascore score``, ``show`` and ``compare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+import megascore
+from megascore.errors import MegascoreError
+from megascore.failures import run_and_report
+from megascore.scoring.compare import compare, render_comparison
+from megascore.scoring.config import load_config
+from megascore.scoring.report import render_scores
+from megascore.scoring.score_file import load_scores
+
+__all__ = ["main"]
+
+BEYOND_TOLERANCE = 1
+
+_EXIT_CODES = """\
+exit codes:
+  0  the result is whole
+  1  compare: a difference beyond --tolerance, or keys, lengths or unseen entries that don't match;
+     also any error that megascore doesn't know (with a traceback)
+  2  usage, or an error that its text explains: config, data, model, layout, score file
+  3  score: this rank stopped because another one failed; the other's error is the one to read
+
+MEGASCORE_DEBUG=1 shows tracebacks of all errors.
+"""
+_EXTRA_OF_PACKAGE = {"megatron": "megatron", "transformers": "huggingface", "tokenizers": "huggingface"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code (see ``megascore --help``). Errors that megascore doesn't know come through.
+
+    Raises:
+        SystemExit: wrong usage (2), ``--help`` and ``--version`` (0).
+    """
+    arguments = _parser().parse_args(argv)
+    return run_and_report(lambda: int(arguments.command(arguments)), _console(sys.stderr))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megascore",
+        description="Which channels, heads, features and layers of a model matter.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megascore {megascore.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    score = commands.add_parser(
+        "score",
+        help="score a model; runs by itself or under torchrun",
+        description="Score a model and write a score file. run.steps=0 is a dry run that lists every site.",
+        epilog="Under torchrun: torchrun --nproc-per-node 2 -m megascore score CONFIG parallel.tensor=2",
+    )
+    score.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
+    score.add_argument("overrides", metavar="key=value", nargs="*", help="override config values, such as run.steps=0")
+    score.set_defaults(command=_score)
+    show = commands.add_parser("show", help="show a score file as tables", description="Show a score file as tables.")
+    show.add_argument("scores", metavar="SCORES", type=Path, help="score file")
+    show.add_argument(
+        "--fraction", type=_fraction, default=0.25, help="part whose first to go are named (default: 0.25)"
+    )
+    show.set_defaults(command=_show)
+    compared = commands.add_parser(
+        "compare",
+        help="compare two score files",
+        description="Compare two score files site by site. Without --tolerance it only reports: the exit code is 0.",
+    )
+    compared.add_argument("a", metavar="A", type=Path, help="score file")
+    compared.add_argument("b", metavar="B", type=Path, help="score file")
+    compared.add_argument(
+        "--tolerance", type=_tolerance, help="largest relative difference allowed; exit code 1 beyond it"
+    )
+    compared.add_argument(
+        "--fraction", type=_fraction, default=0.25, help="part whose overlap is taken (default: 0.25)"
+    )
+    compared.add_argument("--all", action="store_true", help="show every site, not only the worst")
+    compared.set_defaults(command=_compare)
+    return parser
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    try:
+        from megascore.mcore.job import run_job
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA_OF_PACKAGE:
+            raise
+        extra = _EXTRA_OF_PACKAGE[package]
+        raise MegascoreError(
+            f"'megascore score' needs the package '{error.name}', which isn't installed: "
+            f"pip install 'megascore[{extra}]'"
+        ) from error
+    run_job(config, _console(sys.stdout))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    scores = load_scores(arguments.scores)
+    _console(sys.stdout).print(render_scores(scores, arguments.fraction))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    a, b = load_scores(arguments.a), load_scores(arguments.b)
+    comparison = compare(a, b, arguments.fraction)
+    console = _console(sys.stdout)
+    console.print(f"A: {arguments.a}\nB: {arguments.b}\n", soft_wrap=True, highlight=False, markup=False)
+    console.print(render_comparison(comparison, tolerance=arguments.tolerance, show_all=arguments.all))
+    if arguments.tolerance is None or comparison.within(arguments.tolerance):
+        return 0
+    return BEYOND_TOLERANCE
+
+
+def _console(stream: TextIO) -> Console:
+    # A stream that can't show a character, such as a log in the C locale, gets a '?' instead of a crash at the end.
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 100
+    return Console(file=stream, width=width)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1, such as 0.25")
+    return value
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not value >= 0.0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0, such as 1e-4")
+    return value

@@ -1,0 +1,46 @@
+"""The errors that users see. Each text says what came, what was expected, where, and what to do next."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "HookStateError",
+    "LayoutError",
+    "MegascoreError",
+    "ModelError",
+    "RankFailure",
+    "ScoreFileError",
+]
+
+
+class MegascoreError(Exception):
+    """Base of every error that megascore raises for its users."""
+
+
+class ConfigError(MegascoreError, ValueError):
+    """A configuration value is unknown, of the wrong type, or contradicts another one."""
+
+
+class LayoutError(MegascoreError, ValueError):
+    """The model, the world size and the parallel layout do not fit together."""
+
+
+class DataError(MegascoreError, ValueError):
+    """Calibration data is missing, unreadable, or too little for the run."""
+
+
+class ModelError(MegascoreError, ValueError):
+    """A model or checkpoint is missing, unknown, or does not have the tensors that it should."""
+
+
+class ScoreFileError(MegascoreError, ValueError):
+    """A score file is missing, foreign, of another schema, or cannot be written."""
+
+
+class HookStateError(MegascoreError, ValueError):
+    """A hook was given a state or an input that is not its own."""
+
+
+class RankFailure(MegascoreError, RuntimeError):  # noqa: N818 - it names an event, seen by all ranks, not a mistake
+    """Another rank failed; the text holds the rank and its own error."""

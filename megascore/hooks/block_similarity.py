@@ -1,0 +1,59 @@
+"""BlockSimilarityHook: how much a transformer block changes the direction of its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megascore.errors import HookStateError
+from megascore.hooks import kernels
+from megascore.hooks.base import ForwardHook
+from megascore.hooks.statistics import State, Statistic
+
+__all__ = ["BlockSimilarityHook"]
+
+
+class BlockSimilarityHook(ForwardHook):
+    """Scores a whole block: ``1 - mean over tokens of cos(block input, block output)``. Low: the block can go.
+
+    A token whose input or output is all zeros has cosine 0.
+    """
+
+    def declare(self, num_channels: int) -> tuple[Statistic, ...]:
+        """Return the sum of cosines; ``num_channels`` is 1, the block itself."""
+        return (Statistic("sum_of_cosines", (num_channels,)),)
+
+    @torch.no_grad()
+    def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
+        """Add one call; ``inputs`` and ``output`` are the block's hidden states, of the same shape, features last."""
+        if inputs.shape != output.shape:
+            raise HookStateError(
+                f"{type(self).__name__} compares a block's input with its output, which must have one shape; "
+                f"got {list(inputs.shape)} and {list(output.shape)}."
+            )
+        self.allocate(1, inputs.device)
+        self._note_dtype(inputs)
+        num_tokens = kernels.num_tokens(inputs, token_mask)
+        self._count_tokens(num_tokens)
+        self._count_call(num_tokens)
+        dtype = kernels.accumulation_dtype(inputs.dtype)
+        # One scratch copy of each side, and one product.
+        bytes_each = 3 * inputs.shape[-1] * dtype.itemsize
+        for (before, after), mask in kernels.token_views([inputs, output], token_mask):
+            for start, stop in kernels.chunks(len(before), bytes_each, inputs.device):
+                cosines = _cosines(before[start:stop].to(dtype), after[start:stop].to(dtype))
+                if mask is not None:
+                    cosines.masked_fill_(~mask[start:stop], 0)
+                self._state["sum_of_cosines"] += cosines.sum(dtype=torch.float64)
+
+    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+        """Return ``score`` [1]; ``num_calls`` has no part in it."""
+        self._require_data(state)
+        return {"score": 1 - state["sum_of_cosines"] / state["num_tokens"]}
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Return the cosine of each row of ``x`` [T, H] with that of ``y``: [T]; 0 where one of them is all zeros."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+    cosines: Tensor = (x * y).sum(-1) / norms.clamp(min=torch.finfo(x.dtype).tiny)
+    return cosines

@@ -1,0 +1,241 @@
+"""IterativeChannelContributionHook: prunes the least contributing channels a few at a time, on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megascore.errors import HookStateError
+from megascore.hooks import kernels
+from megascore.hooks.contributions import Contributions
+from megascore.hooks.schedule import pruning_schedule
+from megascore.hooks.statistics import Merge, State, Statistic
+from megascore.hooks.weights import WeightHook, output_bias, weight_matrix
+
+__all__ = ["IterativeChannelContributionHook", "prune_lowest"]
+
+CALIBRATION_METHODS = (None, "scale_by_magnitude")
+
+
+class IterativeChannelContributionHook(WeightHook):
+    """Ranks the input channels of a linear layer by the order in which iterative pruning would remove them.
+
+    Each call is one iteration: it measures how much the layer's output would change if each remaining channel went too,
+    and marks the channels with the least contribution as pruned. The layer itself is never changed.
+
+    Where `defers` is set, calls add up what they measure, and `settle` ends the iteration with the sum over all ranks.
+    """
+
+    def __init__(self, linear_layer: nn.Module, activation_hooks_kwargs: Mapping[str, Any]) -> None:
+        """Plan the iterations.
+
+        Args:
+            linear_layer: nn.Linear, or a layer with ``weight`` [E, C] and ``input_size``.
+            activation_hooks_kwargs: ``validation_full_iters``, the number of iterations; ``calibration_method``, None
+                (the default) or "scale_by_magnitude"; ``clear_gpu_memory`` has no effect, as memory is bounded anyway.
+
+        Raises:
+            HookStateError: an unknown calibration method, or no number of iterations.
+        """
+        self._calibration_method = activation_hooks_kwargs.get("calibration_method")
+        if self._calibration_method not in CALIBRATION_METHODS:
+            raise HookStateError(
+                f"unknown calibration_method {self._calibration_method!r}; expected None or 'scale_by_magnitude'."
+            )
+        num_iterations = activation_hooks_kwargs.get("validation_full_iters")
+        if not isinstance(num_iterations, int) or num_iterations < 1:
+            raise HookStateError(
+                f"activation_hooks_kwargs['validation_full_iters'] must be a positive integer; got {num_iterations!r}."
+            )
+        self._layer = linear_layer
+        self._num_iterations = num_iterations
+        self._iteration = 0
+        self._sums: list[Tensor] | None = None
+        super().__init__(kernels.column_norms(self._weight()))
+        self._index_channels()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the schedule and the calibration method."""
+        return {"validation_full_iters": self._num_iterations, "calibration_method": self._calibration_method}
+
+    def declare(self, num_channels: int) -> tuple[Statistic, ...]:
+        """Return what has been decided so far; all of it is the same on ranks that agree."""
+        return (
+            *super().declare(num_channels),
+            Statistic("curr_iter", (), torch.int64, Merge.REPLICATED),
+            # 1 for the channel pruned first; 0 for one that is not pruned.
+            Statistic("prune_position", (num_channels,), torch.int64, Merge.REPLICATED, channel_dim=0),
+            Statistic("agg_contribution", (num_channels,), merge=Merge.REPLICATED, channel_dim=0),
+        )
+
+    @property
+    def curr_iter(self) -> int:
+        """Iterations done."""
+        return self._iteration
+
+    @property
+    def pruning_schedule(self) -> list[int]:
+        """Number of channels, of the whole layer, that each iteration prunes."""
+        return pruning_schedule(self._total_channels(), self._num_iterations)
+
+    def get_progress_info(self) -> dict[str, Any]:
+        """Return iterations and pruned channels, done and in all."""
+        return {
+            "curr_iter": self._iteration,
+            "total_iters": self._num_iterations,
+            "progress": self._iteration / self._num_iterations,
+            "pruned_channels_count": self._num_pruned(),
+            "total_channels": self._total_channels(),
+        }
+
+    @torch.no_grad()
+    def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
+        """Add one call: the whole of an iteration unless `defers` is set.
+
+        Collective over the ranks that hold the layer's shards, in tensor-parallel subclasses.
+
+        Args:
+            inputs: [..., C].
+            output: [..., E], including the layer's bias where the layer adds it.
+            token_mask: bool [...].
+
+        Raises:
+            HookStateError: all iterations are done.
+        """
+        if self._has_no_tokens(inputs, token_mask):
+            return
+        if self._iteration >= self._num_iterations:
+            raise HookStateError(
+                f"{type(self).__name__} has done all of its {self._num_iterations} iterations; this call is one too "
+                "many. Make validation_full_iters the number of calls, or remove the hook after it."
+            )
+        self.allocate(inputs.shape[-1], inputs.device)
+        measure = Contributions(
+            self._weight().detach(),
+            output_bias(self._layer) if self._calibration_method else None,
+            self._pruned_index if self._num_pruned() else None,
+            self._kept_index,
+            self._state["weight_norm"],
+            self._calibration_method,
+            self._reduce_over_shards,
+        )
+        sums, count = self.pending()
+        for (x, y), mask in kernels.token_views([inputs, output], token_mask):
+            sums[self._kept_index] += measure.sums(x, y, mask)
+        num_tokens = kernels.num_tokens(inputs, token_mask)
+        count += num_tokens
+        self._count_tokens(num_tokens)
+        if not self.defers:
+            self._advance(sums, count)
+
+    def pending(self) -> list[Tensor]:
+        """Return what waits: contributions added over tokens [C], and the number of tokens []; float64."""
+        if self._sums is None:
+            zeros = torch.zeros_like(self._state["agg_contribution"])
+            self._sums = [zeros, zeros.new_zeros(())]
+        return self._sums
+
+    def settle(self, summed: list[Tensor]) -> None:
+        """End the iteration, given what all ranks measured; without a token it is no iteration. Reads the count."""
+        if int(summed[1]):
+            self._advance(*summed)
+
+    def adopt(self, merged: State) -> None:
+        """Replace the decisions by those of a saved state, and forget what waited."""
+        super().adopt(merged)
+        self._sums = None
+        self._iteration = int(merged["curr_iter"])
+        self._index_channels()
+
+    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+        """Return ``score`` [C] int64, 0 = least important, and ``channels_importance_ascending`` [C] int64.
+
+        Raises:
+            HookStateError: iterations are missing, or one had no token that counts.
+        """
+        self._require_data(state)
+        done = int(state["curr_iter"])
+        if done < self._num_iterations:
+            raise HookStateError(
+                f"{type(self).__name__} has done {done} of {self._num_iterations} iterations "
+                f"({int((state['prune_position'] > 0).sum())} of {len(state['prune_position'])} channels are ranked): "
+                "run the rest first."
+            )
+        if int(state["num_calls"]) < done:
+            raise HookStateError(
+                f"{type(self).__name__}: the mask of an iteration left no token, so the channels it pruned mean nothing; "
+                "leave out calls without tokens."
+            )
+        score = state["prune_position"] - 1
+        return {"score": score, "channels_importance_ascending": torch.argsort(score)}
+
+    def _reduce_over_shards(self, residual: Tensor) -> Tensor:
+        """Return ``residual`` [T, E] added up over the ranks that hold the other channels; here there are none."""
+        return residual
+
+    def _weight(self) -> Tensor:
+        return weight_matrix(self._layer, self._score_name(), may_be_shard=self.takes_shards)
+
+    def _total_channels(self) -> int:
+        """Channels of the whole layer."""
+        total = self._global_num_channels()
+        assert total is not None
+        return total
+
+    def _num_pruned(self) -> int:
+        """Channels of the whole layer pruned so far: known from the schedule, without asking the device."""
+        return sum(self.pruning_schedule[: self._iteration])
+
+    def _prune(self, number: int) -> None:
+        """Mark ``number`` more channels of the whole layer as pruned, those with the smallest sums of contributions."""
+        state = self._state
+        positions = prune_lowest(state["agg_contribution"], state["prune_position"], number, self._num_pruned())
+        state["prune_position"].copy_(positions)
+
+    def _index_channels(self) -> None:
+        """Set the indices of this rank's kept channels and of its pruned ones, both ascending."""
+        pruned = self._state["prune_position"] > 0
+        order = torch.argsort(pruned.to(torch.int8), stable=True)
+        num_kept = len(order) - self._num_pruned()
+        self._kept_index, self._pruned_index = order[:num_kept], order[num_kept:]
+
+    def _advance(self, sums: Tensor, count: Tensor) -> None:
+        # The count is 0 where a mask on a GPU empties a call: `compute` tells, for here nobody may wait for it.
+        self._state["agg_contribution"] += sums / count.clamp(min=1)
+        number = self.pruning_schedule[self._iteration]
+        if number:
+            self._prune(number)
+            self._state["agg_contribution"].zero_()
+        self._iteration += 1
+        self._state["curr_iter"].fill_(self._iteration)
+        self._count_call(count)
+        self._sums = None
+        if number:
+            self._index_channels()
+
+    def _has_no_tokens(self, inputs: Tensor, token_mask: Tensor | None) -> bool:
+        """Say whether a call is empty, as far as the host knows; where calls wait, an empty one adds zeros instead."""
+        if inputs.shape[:-1].numel() == 0:
+            return True
+        return not self.defers and token_mask is not None and token_mask.device.type == "cpu" and not token_mask.any()
+
+
+def prune_lowest(contribution: Tensor, prune_position: Tensor, number: int, num_pruned: int) -> Tensor:
+    """Return positions with ``number`` more channels pruned: the smallest contributions first, ties by smaller index.
+
+    Args:
+        contribution: [C] float64.
+        prune_position: [C] int64, 0 for a channel that is not pruned, of which there are ``num_pruned`` fewer than C.
+        number: Channels to prune.
+        num_pruned: Channels pruned before.
+
+    Returns:
+        [C] int64.
+    """
+    kept = torch.argsort((prune_position > 0).to(torch.int8), stable=True)[: len(prune_position) - num_pruned]
+    chosen = kept[torch.argsort(contribution[kept], stable=True)[:number]]
+    positions = torch.arange(num_pruned + 1, num_pruned + 1 + number, device=chosen.device)
+    return prune_position.index_copy(0, chosen, positions)

@@ -1,0 +1,96 @@
+"""L2NormHook: the norm over samples of the mean absolute activation of each channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megascore.errors import HookStateError
+from megascore.hooks import kernels
+from megascore.hooks.base import ForwardHook
+from megascore.hooks.statistics import State, Statistic
+
+__all__ = ["L2NormHook"]
+
+
+class L2NormHook(ForwardHook):
+    """Scores channels by the activations of a module's input, sequence first.
+
+    ``a[b, c]`` is the mean over the sequence of ``abs(x[s, b, c])``, the score ``sqrt(sum over b of a[b, c]^2)``.
+    It depends on what a sample is (a whole sequence), not on how samples are batched. A two-dimensional input is one
+    sample. Samples without a token that counts add nothing.
+    """
+
+    def __init__(self, module: nn.Module | None = None, activation_hooks_kwargs: Any = None) -> None:
+        """Start with no data.
+
+        Args:
+            module: Not used; callers that make all hooks alike pass it.
+            activation_hooks_kwargs: Not used.
+        """
+        super().__init__()
+        self._pending: list[Tensor] = []
+
+    def declare(self, num_channels: int) -> tuple[Statistic, ...]:
+        """Return the squares of the samples' means added up, and the number of samples."""
+        return (
+            Statistic("sum_of_squared_means", (num_channels,), channel_dim=0, of_samples=True),
+            Statistic("num_samples", (), torch.int64, of_samples=True),
+        )
+
+    @torch.no_grad()
+    def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
+        """Add one call; ``inputs`` is [S, B, C] or [S, C], ``token_mask`` [S, B] or [S]. Not collective."""
+        x = self._sequence_first(inputs)
+        seq_len, num_samples, num_channels = x.shape
+        mask = None if token_mask is None else token_mask.reshape(seq_len, num_samples)
+        self.allocate(num_channels, x.device)
+        self._note_dtype(x)
+        counts = x.new_full((num_samples,), seq_len, dtype=torch.int64) if mask is None else mask.sum(0)
+        num_tokens = kernels.num_tokens(x, mask)
+        self._count_tokens(num_tokens)
+        if self.defers:
+            self._pending += [kernels.abs_sum_of_samples(x, mask), counts.double()]
+            return
+        self._count_call(num_tokens)
+        step = kernels.samples_at_once(x)
+        for start in range(0, num_samples, step):
+            some = slice(start, start + step)
+            part = None if mask is None else mask[:, some]
+            self._fold(kernels.abs_sum_of_samples(x[:, some], part), counts[some])
+
+    def pending(self) -> list[Tensor]:
+        """Return, for each call that waits, sums over the sequence [B, C] and token counts [B]; all float64."""
+        return list(self._pending)
+
+    def settle(self, summed: list[Tensor]) -> None:
+        """Add the calls that waited, their parts summed over the ranks that share the sequences."""
+        for sums, counts in zip(summed[::2], summed[1::2], strict=True):
+            self._count_call(counts.sum())
+            self._fold(sums, counts)
+        self._pending = []
+
+    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+        """Return ``score`` [C]; ``num_calls`` has no part in it, as samples are added, not averaged."""
+        self._require_data(state)
+        return {"score": state["sum_of_squared_means"].sqrt()}
+
+    def adopt(self, merged: State) -> None:
+        """Replace the accumulators by a merged state, and forget what waited."""
+        self._pending = []
+        super().adopt(merged)
+
+    def _sequence_first(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() not in (2, 3):
+            raise HookStateError(
+                f"{type(self).__name__} takes [sequence, samples, channels] or [tokens, channels], "
+                f"got the shape {list(inputs.shape)}."
+            )
+        return inputs if inputs.dim() == 3 else inputs.unsqueeze(1)
+
+    def _fold(self, sums: Tensor, counts: Tensor) -> None:
+        means = sums / counts.clamp(min=1).unsqueeze(-1)
+        self._state["sum_of_squared_means"] += means.square_().sum(0)
+        self._state["num_samples"] += (counts > 0).sum()

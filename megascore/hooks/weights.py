@@ -1,0 +1,84 @@
+"""What the hooks that read a module's weights share: finding the weight, and knowing it again in a saved state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megascore.errors import HookStateError
+from megascore.hooks.base import ForwardHook
+from megascore.hooks.statistics import Merge, State, Statistic
+
+__all__ = ["WeightHook", "output_bias", "weight_matrix"]
+
+WEIGHT_TOLERANCE = 1e-5
+"""Relative difference up to which norms are those of the same weights; rounding of another device makes less."""
+
+
+class WeightHook(ForwardHook):
+    """A hook whose score depends on weights: their norms are in its state, and a state of other weights is refused."""
+
+    def __init__(self, weight_norm: Tensor) -> None:
+        """Allocate the accumulators, on the device of the weights.
+
+        Args:
+            weight_norm: [num_channels] norm of the weights that belong to each channel.
+        """
+        super().__init__()
+        self._weight_norm = weight_norm.double()
+        self.allocate(len(weight_norm), weight_norm.device)
+
+    def declare(self, num_channels: int) -> tuple[Statistic, ...]:
+        """Return the statistic of the weights; subclasses add their own."""
+        return (Statistic("weight_norm", (num_channels,), merge=Merge.REPLICATED, channel_dim=0),)
+
+    def allocate(self, num_channels: int, device: torch.device | str) -> None:
+        """Allocate as every hook does; the norms of the weights are there from the start."""
+        fresh = not self._state
+        super().allocate(num_channels, device)
+        if fresh:
+            self._state["weight_norm"].copy_(self._weight_norm)
+
+    def _weights_differences(self, saved: State) -> list[str]:
+        statistic = next(s for s in self.declare(len(saved["weight_norm"])) if s.name == "weight_norm")
+        theirs = self._local_part(statistic, saved["weight_norm"]).to(self._weight_norm.device)
+        other = ~torch.isclose(theirs, self._weight_norm, rtol=WEIGHT_TOLERANCE, atol=0)
+        if not other.any():
+            return []
+        first = int(other.nonzero()[0])
+        return [
+            f"weights differ in {int(other.sum())} of {len(other)} channels (channel {first}: norm "
+            f"{float(theirs[first]):.6g} there, {float(self._weight_norm[first]):.6g} here)"
+        ]
+
+
+def weight_matrix(layer: nn.Module, hook_name: str, *, may_be_shard: bool = False) -> Tensor:
+    """Return the weight [E, C] of a linear layer.
+
+    Args:
+        layer: nn.Linear, or a layer like Megatron's with ``weight`` [output, input] and ``input_size``.
+        hook_name: For the error.
+        may_be_shard: Allow a weight with fewer columns than ``input_size``, as tensor-parallel layers have.
+
+    Raises:
+        HookStateError: there is no such weight, or it is one shard of a larger one.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        found = f"a weight of shape {list(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+        raise HookStateError(f"{hook_name} takes a linear layer with a weight [output, input]; {layer} has {found}.")
+    num_columns = int(getattr(layer, "input_size", getattr(layer, "in_features", weight.shape[1])))
+    if num_columns != weight.shape[1] and not may_be_shard:
+        raise HookStateError(
+            f"{hook_name}: the layer has {num_columns} inputs but its weight has the shape {list(weight.shape)}. "
+            f"If it is tensor-parallel, use Megatron{hook_name} of megascore.mcore."
+        )
+    return weight
+
+
+def output_bias(layer: nn.Module) -> Tensor | None:
+    """Return the bias that a linear layer's output contains; None if there is none, or the layer returns it beside."""
+    bias = getattr(layer, "bias", None)
+    if not isinstance(bias, Tensor) or bias.numel() == 0 or getattr(layer, "skip_bias_add", False):
+        return None
+    return bias.detach()

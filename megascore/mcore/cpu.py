@@ -1,0 +1,87 @@
+"""Megatron-Core on a machine without CUDA.
+
+Megatron's own modules name CUDA devices literally, even where everything they do would run on a CPU. `cpu_stand_in`
+answers those calls with the CPU while it is entered, and puts everything back when it is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
+
+from megascore.errors import ConfigError
+from megascore.mcore.compat import forget_cached_masks
+
+__all__ = ["cpu_stand_in"]
+
+
+@contextmanager
+def cpu_stand_in() -> Iterator[None]:
+    """Let Megatron-Core build and run models on the CPU while this context is entered.
+
+    It may be entered again inside itself. It holds for the whole process, except that the redirection of literal
+    ``"cuda"`` devices holds for the entering thread.
+
+    Raises:
+        ConfigError: this process already uses CUDA, which the stand-in would hide.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise ConfigError(
+            "run.device=cpu, but this process already uses CUDA: start it anew with CUDA_VISIBLE_DEVICES='', "
+            "or choose run.device=cuda."
+        )
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(torch.cuda, "current_device", lambda: torch.device("cpu")))
+        stack.enter_context(_replaced(torch.cuda, "synchronize", lambda device=None: None))
+        stack.enter_context(_replaced(megatron_random, "_CUDA_RNG_STATE_TRACKER", _NoRngTracker()))
+        stack.enter_context(_replaced(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
+        stack.callback(forget_cached_masks)
+        stack.enter_context(_CudaMeansCpu())
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+class _NoRngTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore[misc]
+    """Leaves random states alone: there is no dropout while scoring."""
+
+    def fork(self, *_args: Any, **_kwargs: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns ``device="cuda"``, ``.cuda()`` and ``pin_memory=True`` into their CPU counterparts."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if not kwargs:
+            return func(*args)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"

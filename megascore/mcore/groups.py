@@ -1,0 +1,64 @@
+"""This rank's position on Megatron's parallel axes, and the process groups behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import nn
+
+from megascore.errors import LayoutError
+from megascore.parallel.axes import Axis
+
+__all__ = ["DenseGroups"]
+
+
+@dataclass(frozen=True)
+class DenseGroups:
+    """The axes that the dense layers of a model are spread over: tensor, context, data and pipeline."""
+
+    groups: Mapping[str, dist.ProcessGroup]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> DenseGroups:
+        """Read the groups that the module was built with, and Megatron's global ones for the rest.
+
+        Raises:
+            LayoutError: torch.distributed runs, but neither the module nor Megatron knows the groups.
+        """
+        if not dist.is_initialized():
+            return cls({})
+        own = getattr(module, "pg_collection", None)
+        groups = {
+            "tp": getattr(module, "tp_group", None) or getattr(module, "_tp_group", None) or getattr(own, "tp", None),
+            "cp": getattr(own, "cp", None),
+            "dp": getattr(own, "dp", None),
+            "pp": getattr(own, "pp", None),
+        }
+        return cls({name: group or _global_group(name) for name, group in groups.items()})
+
+    def axis(self, name: str) -> Axis:
+        """Return this rank's position on the axis ``tp``, ``cp``, ``dp`` or ``pp``."""
+        group = self.groups.get(name)
+        return Axis(name, 0, 1) if group is None else Axis(name, group.rank(), group.size())
+
+    def larger_than_one(self, *names: str) -> dict[str, dist.ProcessGroup]:
+        """Return the groups of those named axes that have more than one rank."""
+        return {name: self.groups[name] for name in names if self.axis(name).size > 1}
+
+
+def _global_group(name: str) -> dist.ProcessGroup:
+    if not parallel_state.model_parallel_is_initialized():
+        raise LayoutError(
+            f"the '{name}' process group is unknown: neither the module has it nor is Megatron's parallel_state "
+            "initialized. Call megatron.core.parallel_state.initialize_model_parallel() before attaching."
+        )
+    getters: dict[str, Callable[[], dist.ProcessGroup]] = {
+        "tp": parallel_state.get_tensor_model_parallel_group,
+        "cp": parallel_state.get_context_parallel_group,
+        "dp": parallel_state.get_data_parallel_group,
+        "pp": parallel_state.get_pipeline_model_parallel_group,
+    }
+    return getters[name]()

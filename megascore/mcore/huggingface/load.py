@@ -1,0 +1,187 @@
+"""Weights of a Hugging Face checkpoint into Megatron models, each rank reading only its share."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from safetensors import SafetensorError, safe_open
+
+from megascore.errors import ModelError
+from megascore.mcore.huggingface.config import HuggingFaceModelConfig
+from megascore.mcore.huggingface.tensors import (
+    Rule,
+    Source,
+    all_sources,
+    find_rule,
+    is_known_extra,
+    sizes_of,
+    sources_of,
+    weave,
+)
+
+__all__ = ["Checkpoint", "load_weights"]
+
+logger = logging.getLogger(__name__)
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """The safetensors files of a checkpoint directory, open for reading parts of tensors."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Find the files and read their headers, no weights.
+
+        Raises:
+            ModelError: no safetensors file, a file missing or damaged.
+        """
+        self.directory = Path(directory)
+        self.num_bytes_read = 0
+        self._files = ExitStack()
+        self._reader_of: dict[str, tuple[Path, Any]] = {}
+        for path in _weight_files(self.directory):
+            try:
+                reader = self._files.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path} cannot be read as a safetensors file: {error}") from error
+            self._reader_of.update(dict.fromkeys(reader.keys(), (path, reader)))
+
+    def __enter__(self) -> Checkpoint:
+        """Return itself; leaving the context closes the files."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._files.close()
+
+    def check(self, config: HuggingFaceModelConfig) -> None:
+        """Check that all tensors of a model are there, with the right shapes, from the headers alone.
+
+        Raises:
+            ModelError: a tensor is missing, or has another shape or type than the config says.
+        """
+        sizes = sizes_of(config)
+        needed = {source.name: tuple(sizes[size] for size in source.shape) for source in all_sources(config)}
+        for name, shape in needed.items():
+            self._check_tensor(name, shape)
+        extra = sorted(name for name in self._reader_of if name not in needed and not is_known_extra(name, config))
+        if extra:
+            logger.warning("%s: %d tensors are not used, such as %s", self.directory, len(extra), ", ".join(extra[:5]))
+
+    def read(self, name: str, dim: int | None, part: int, num_parts: int) -> torch.Tensor:
+        """Read one of equal parts of a tensor along a dimension; all of it where ``dim`` is None."""
+        part_of = self._reader_of[name][1].get_slice(name)
+        if dim is None:
+            share: torch.Tensor = part_of[...]
+        else:
+            size = part_of.get_shape()[dim] // num_parts
+            window = slice(part * size, (part + 1) * size)
+            share = part_of[window] if dim == 0 else part_of[:, window]
+        self.num_bytes_read += share.nbytes
+        return share
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._reader_of:
+            raise ModelError(
+                f"checkpoint {self.directory} has no tensor '{name}' of shape {list(shape)}, which its config.json "
+                "calls for: the checkpoint is incomplete, or of another model."
+            )
+        path, reader = self._reader_of[name]
+        header = reader.get_slice(name)
+        if tuple(header.get_shape()) != shape:
+            raise ModelError(
+                f"tensor '{name}' in {path} has shape {list(header.get_shape())}, expected {list(shape)} "
+                "by the sizes in config.json."
+            )
+        if header.get_dtype() not in FLOAT_DTYPES:
+            raise ModelError(
+                f"tensor '{name}' in {path} has type {header.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}: "
+                "quantized checkpoints are not supported."
+            )
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], config: HuggingFaceModelConfig, directory: str | Path) -> int:
+    """Fill the model chunks of this rank from a checkpoint, reading only what this rank needs.
+
+    Every rank checks the whole checkpoint before any weight is read, so a bad one raises the same error on all of them.
+
+    Args:
+        chunks: The ``GPTModel`` chunks of this rank.
+        config: The model that the checkpoint holds.
+        directory: Hugging Face checkpoint directory with safetensors files.
+
+    Returns:
+        Bytes of weights read by this rank.
+
+    Raises:
+        ModelError: no safetensors files, a tensor missing or misshapen (named), a damaged file.
+    """
+    with Checkpoint(directory) as checkpoint:
+        checkpoint.check(config)
+        for chunk in chunks:
+            for parameter, rule, layer in _parameters(chunk):
+                _fill(parameter, rule, sources_of(rule, config, layer), checkpoint, config)
+        return checkpoint.num_bytes_read
+
+
+def _parameters(chunk: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Rule, int | None]]:
+    """Each parameter once, with its rule and the global number of its layer."""
+    for name, parameter in chunk.named_parameters():
+        found = find_rule(name)
+        assert found is not None, f"no rule says where Megatron parameter '{name}' comes from"
+        rule, local_layer = found
+        layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
+        yield parameter, rule, None if local_layer is None else layers[local_layer].layer_number - 1
+
+
+@torch.no_grad()
+def _fill(
+    parameter: torch.Tensor,
+    rule: Rule,
+    sources: tuple[Source, ...],
+    checkpoint: Checkpoint,
+    config: HuggingFaceModelConfig,
+) -> None:
+    if not sources:
+        parameter.zero_()
+        return
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    num_ranks = parallel_state.get_tensor_model_parallel_world_size()
+    shares = [checkpoint.read(source.name, rule.split_dim, rank, num_ranks) for source in sources]
+    value = weave(shares, config.num_kv_heads // num_ranks) if rule.per_kv_head else torch.cat(shares)
+    assert value.shape == parameter.shape, f"{rule.parameters[0]}: {tuple(value.shape)} for {tuple(parameter.shape)}"
+    parameter.copy_(value)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise ModelError(
+                f"{directory} has neither model.safetensors nor model.safetensors.index.json: expected a checkpoint "
+                "in safetensors format. Save it again with transformers' save_pretrained; pickled *.bin files are "
+                "never read."
+            )
+        return [single]
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} cannot be read as an index with a weight_map: {error}") from error
+    names: dict[str, list[str]] = defaultdict(list)
+    for tensor, file in weight_map.items():
+        names[file].append(tensor)
+    for file, tensors in names.items():
+        if not (directory / file).is_file():
+            raise ModelError(
+                f"{directory / file} not found: {index.name} says that it holds {len(tensors)} tensors, "
+                f"such as '{tensors[0]}'."
+            )
+    return [directory / file for file in sorted(names)]

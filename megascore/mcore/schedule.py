@@ -1,0 +1,168 @@
+"""Running micro-batches forward through Megatron's own pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+__all__ = ["LossSums", "forward_only", "token_losses"]
+
+ForwardStep = Callable[[Iterator[Tensor], GPTModel], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Next-token loss of some sequences, as sums; zeros on ranks that do not have the model's output."""
+
+    nats: Tensor
+    """[] float64, negative log-likelihood summed over the predicted tokens; on the device of the model."""
+    num_tokens: int
+    """Predicted tokens: each sequence's, except its first."""
+
+
+@torch.no_grad()
+def forward_only(model_chunks: Sequence[GPTModel], micro_batches: Sequence[Tensor], compute_loss: bool) -> LossSums:
+    """Run micro-batches through the model, causally masked, for what hooks see of it.
+
+    Collective over tensor and pipeline ranks, which must give the same micro-batches; data-parallel ranks may differ in
+    all of it. Nothing happens without micro-batches.
+
+    Args:
+        model_chunks: The virtual-pipeline chunks of this rank.
+        micro_batches: Token numbers, [B, S] int64 each.
+        compute_loss: Whether to compute the loss; without it the output layer is not run at all.
+
+    Returns:
+        The loss over all micro-batches on the last pipeline stage, the same on its tensor-parallel ranks; zeros
+        elsewhere.
+    """
+    device = next(model_chunks[0].parameters()).device
+    nats, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    with _output_layers(model_chunks, run=compute_loss):
+        for _, group in groupby(micro_batches, key=lambda tokens: tokens.shape):
+            for losses in _run_group(model_chunks, list(group), device, compute_loss):
+                nats += losses.sum(dtype=torch.float64)
+                num_tokens += losses.numel()
+    return LossSums(nats, num_tokens)
+
+
+def _run_group(
+    model_chunks: Sequence[GPTModel], micro_batches: list[Tensor], device: torch.device, compute_loss: bool
+) -> list[Tensor]:
+    """Losses by token of micro-batches of one shape, [B, S - 1] each; empty where the loss is off or not at hand."""
+    forward_step = partial(_forward_step, device=device, compute_loss=compute_loss)
+    num_stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if len(model_chunks) > 1 and len(micro_batches) < num_stages:
+        return _run_rounds(model_chunks, micro_batches, device, forward_step)
+    if len(model_chunks) > 1:
+        # One group for all of them: Megatron refuses remainders smaller than the pipeline.
+        model_chunks[0].config.microbatch_group_size_per_vp_stage = len(micro_batches)
+    batch_size, sequence_length = micro_batches[0].shape
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in model_chunks],
+        model=list(model_chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=sequence_length,
+        micro_batch_size=batch_size,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return [losses for losses in results if losses is not None]
+
+
+def _run_rounds(
+    model_chunks: Sequence[GPTModel], micro_batches: list[Tensor], device: torch.device, forward_step: ForwardStep
+) -> list[Tensor]:
+    """What Megatron's interleaved schedule refuses: fewer micro-batches than stages.
+
+    They go round the stages once for each chunk. With fewer messages than stages there is always a rank that is not
+    waiting to send, so blocking sends cannot lock.
+    """
+    config = model_chunks[0].config
+    group = parallel_state.get_pipeline_model_parallel_group()
+    previous_rank = parallel_state.get_pipeline_model_parallel_prev_rank()
+    next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
+    is_last_stage = dist.get_rank(group) == dist.get_world_size(group) - 1
+    results: list[Tensor] = []
+    for number, chunk in enumerate(model_chunks):
+        for tokens in micro_batches:
+            if not chunk.pre_process:
+                batch_size, length = tokens.shape
+                local_length = length // config.tensor_model_parallel_size if config.sequence_parallel else length
+                received = torch.empty(
+                    local_length, batch_size, config.hidden_size, dtype=config.pipeline_dtype, device=device
+                )
+                dist.recv(received, src=previous_rank, group=group)
+                chunk.set_input_tensor(received)
+            output, losses_of = forward_step(iter([tokens]), chunk)
+            if is_last_stage and number == len(model_chunks) - 1:
+                losses = losses_of(output, non_loss_data=True)
+                results.extend([] if losses is None else [losses])
+            else:
+                dist.send(output.contiguous(), dst=next_rank, group=group)
+    return results
+
+
+def _forward_step(
+    micro_batches: Iterator[Tensor], model: GPTModel, *, device: torch.device, compute_loss: bool
+) -> tuple[Tensor, Any]:
+    tokens = next(micro_batches).to(device)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    # Without a mask, the layers' own causal one holds.
+    output = model(tokens, positions, None)
+
+    def losses(logits: Tensor, *, non_loss_data: bool) -> Tensor | None:
+        assert non_loss_data
+        return token_losses(logits[:, :-1], tokens[:, 1:]) if compute_loss else None
+
+    return output, losses
+
+
+def token_losses(local_logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of logits whose vocabulary is split over the tensor-parallel ranks.
+
+    Megatron's own goes through float32; this one leaves float64 as it is. Collective over the tensor axis.
+
+    Args:
+        local_logits: [B, S, V / TP].
+        labels: [B, S] int64 token numbers.
+
+    Returns:
+        [B, S] nats, float32 or float64, the same on all tensor-parallel ranks.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    logits = local_logits if local_logits.dtype == torch.float64 else local_logits.float()
+    largest = logits.amax(dim=-1)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    logits = logits - largest.unsqueeze(-1)
+    local_labels = labels - dist.get_rank(group) * logits.shape[-1]
+    is_here = (local_labels >= 0) & (local_labels < logits.shape[-1])
+    picked = logits.gather(-1, local_labels.where(is_here, 0).unsqueeze(-1)).squeeze(-1)
+    sums = torch.stack([logits.exp().sum(dim=-1), picked.where(is_here, 0.0)])
+    dist.all_reduce(sums, group=group)
+    return sums[0].log() - sums[1]
+
+
+@contextmanager
+def _output_layers(model_chunks: Sequence[GPTModel], *, run: bool) -> Iterator[None]:
+    """Where they are not to run, a chunk returns its final hidden states, as chunks without an output layer do."""
+    having = [chunk for chunk in model_chunks if chunk.post_process and not run]
+    for chunk in having:
+        chunk.post_process = False
+    try:
+        yield
+    finally:
+        for chunk in having:
+            chunk.post_process = True

@@ -1,0 +1,162 @@
+"""A Megatron-Core model as scoring sees it: its modules under global names, with the roles of the parallel axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megascore.errors import ModelError
+from megascore.hooks import ForwardHook
+from megascore.mcore.fused_norm import fused_norm_output, has_fused_norm
+from megascore.mcore.groups import DenseGroups
+from megascore.mcore.hooks import HOOKS
+from megascore.mcore.placement import place_hidden_states, place_row_parallel_input
+from megascore.parallel.axes import Placement, Role
+from megascore.scoring.places import Place, PlaceKind, Reader, first_tensor
+
+__all__ = ["MegatronModelView"]
+
+
+class MegatronModelView:
+    """The decoder of a Megatron-Core model: all its chunks on this rank, wrapped or not.
+
+    Raises:
+        ModelError: there is no decoder in it on this rank.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        """Find the decoder blocks and the process groups they were built with."""
+        self.modules = tuple(chunks)
+        self._blocks = [
+            (chunk_name, name, module)
+            for chunk_name, chunk in _named_chunks(chunks)
+            for name, module in chunk.named_modules()
+            if isinstance(module, TransformerBlock)
+        ]
+        if not self._blocks:
+            raise ModelError("the model has no Megatron-Core TransformerBlock on this rank: nothing to score here.")
+        self._config: TransformerConfig = self._blocks[0][2].config
+        self._groups = DenseGroups.of(self._blocks[0][2])
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Sizes of the model, from its TransformerConfig."""
+        config = self._config
+        return {
+            "num_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_query_groups,
+            "head_dim": config.kv_channels,
+            "ffn_hidden_size": config.ffn_hidden_size,
+        }
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """Degrees of the parallel axes of the dense layers."""
+        names = {"tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp"}
+        return {
+            **{name: self._groups.axis(axis).size for name, axis in names.items()},
+            "sequence": self._sequence_parallel,
+            "virtual_pipeline": len(self.modules),
+        }
+
+    @cached_property
+    def places(self) -> Sequence[Place]:
+        """All scorable modules on this rank."""
+        return tuple(self._find_places())
+
+    def make_hook(self, method: str, place: Place) -> ForwardHook:
+        """Return a fresh hook that computes ``method`` at ``place``."""
+        hook = HOOKS[method]()
+        hook.put(place.placement, self._groups.larger_than_one("tp", "cp", "dp"), place.device)
+        return hook
+
+    @property
+    def _sequence_parallel(self) -> bool:
+        return bool(self._config.sequence_parallel) and self._groups.axis("tp").size > 1
+
+    def _find_places(self) -> Iterator[Place]:
+        for chunk_name, block_name, block in self._blocks:
+            prefix = f"{chunk_name}{block_name}."
+            for position, layer in enumerate(block.layers):
+                if isinstance(layer, TransformerLayer):
+                    yield from self._places_of_layer(layer, f"{prefix}layers.{position}")
+            if getattr(block, "final_layernorm", None) is not None:
+                yield self._norm("decoder.final_layernorm", block.final_layernorm, f"{prefix}final_layernorm")
+
+    def _places_of_layer(self, layer: TransformerLayer, path: str) -> Iterator[Place]:
+        # layer_number counts from 1 over all (virtual) pipeline stages, whatever the position in this rank's list.
+        name = f"decoder.layers.{layer.layer_number - 1}"
+        yield self._hidden_states(PlaceKind.LAYER, name, layer, path, 1, _read_layer)
+        if hasattr(layer.self_attention, "linear_proj"):
+            yield self._linear(PlaceKind.ATTENTION_PROJECTION, name, layer, path, "self_attention.linear_proj")
+        if isinstance(layer.mlp, MLP):
+            yield self._linear(PlaceKind.FFN_PROJECTION, name, layer, path, "mlp.linear_fc2")
+        for norm, linear in (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1")):
+            module = getattr(layer, norm)
+            if not isinstance(module, IdentityOp):
+                yield self._norm(f"{name}.{norm}", module, f"{path}.{norm}")
+            elif (fused := _submodule(layer, linear)) is not None and has_fused_norm(fused):
+                yield self._norm(f"{name}.{norm}", fused, f"{path}.{linear}", _fused_norm_reader(fused))
+
+    def _linear(self, kind: PlaceKind, name: str, layer: nn.Module, path: str, linear: str) -> Place:
+        module = layer.get_submodule(linear)
+        placement = place_row_parallel_input(module, self._groups)
+        return self._place(kind, f"{name}.{linear}", module, f"{path}.{linear}", placement, _read_linear)
+
+    def _norm(self, name: str, module: nn.Module, path: str, read: Reader | None = None) -> Place:
+        return self._hidden_states(PlaceKind.NORM, name, module, path, self._config.hidden_size, read or _read_norm)
+
+    def _hidden_states(
+        self, kind: PlaceKind, name: str, module: nn.Module, path: str, num_channels: int, read: Reader
+    ) -> Place:
+        placement = place_hidden_states(num_channels, self._sequence_parallel, self._groups)
+        return self._place(kind, name, module, path, placement, read)
+
+    def _place(
+        self, kind: PlaceKind, name: str, module: nn.Module, path: str, placement: Placement, read: Reader
+    ) -> Place:
+        sequence_axes = [axis.name for axis in placement.axes(Role.SUM_SEQUENCE)]
+        return Place(kind, name, module, path, placement, read, self._groups.larger_than_one(*sequence_axes))
+
+
+def _named_chunks(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for number, chunk in enumerate(chunks):
+        yield (f"{number}." if len(chunks) > 1 else ""), chunk
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    found = dict(module.named_modules()).get(path)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _read_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Return input and output (without the bias, where Megatron returns it beside) of a linear layer."""
+    return args[0], first_tensor(output)
+
+
+def _read_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Return the output of a norm twice: it is what is scored there."""
+    return first_tensor(output), first_tensor(output)
+
+
+def _fused_norm_reader(module: nn.Module) -> Reader:
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+        normalized = fused_norm_output(module, args[0])
+        return normalized, normalized
+
+    return read
+
+
+def _read_layer(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Return the hidden states before and after a layer."""
+    return (args[0] if args else kwargs["hidden_states"]), first_tensor(output)

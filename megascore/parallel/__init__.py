@@ -1,0 +1,1 @@
+"""Parallel axes, their roles, and merging over them. Needs PyTorch alone."""

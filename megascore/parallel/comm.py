@@ -1,0 +1,102 @@
+"""The few collectives there are. Each works without torch.distributed too: one process is a world of one."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megascore.errors import MegascoreError, RankFailure
+
+__all__ = ["agree", "gather_objects", "sum_in_place", "world_rank", "world_size"]
+
+Result = TypeVar("Result")
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 where torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def world_rank() -> int:
+    """Return this process's number; 0 where torch.distributed is not initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Add each tensor over the ranks of ``group``, in one collective however many tensors there are.
+
+    Collective over ``group`` (None: the world). All ranks bring tensors of the same shapes in the same order.
+    Summed in float64, which holds int64 counts exactly up to 2**53.
+    """
+    if not tensors or world_size() == 1:
+        return
+    flat = torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view(tensor.shape))
+
+
+def gather_objects(own: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every rank's object, in rank order, on every rank.
+
+    Collective over ``group`` (None: the world). The objects are this program's own, never a user's file.
+    """
+    if world_size() == 1:
+        return [own]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, own, group=group)
+    return gathered
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    value: Any = None
+    error: str | None = None
+    trace: str = ""
+
+
+def agree(what: str, function: Callable[[], Result]) -> Result:
+    """Run a function on every rank, and fail on all of them if it fails on any.
+
+    Collective over the world; nothing inside ``function`` may be.
+
+    Args:
+        what: The thing tried, for the error: "reading the checkpoint".
+        function: Runs on every rank.
+
+    Returns:
+        The function's value on this rank.
+
+    Raises:
+        Exception: the function's own error, on the first rank that failed, so that it is told once.
+        RankFailure: on all other ranks, with rank and error of the first that failed.
+    """
+    error: Exception | None = None
+    value: Result | None = None
+    try:
+        value = function()
+    except Exception as caught:  # It is a value here: told to all ranks, then raised again below.
+        error = caught
+    outcomes = gather_objects(_outcome_of(error))
+    for rank, outcome in enumerate(outcomes):
+        if outcome.error is None:
+            continue
+        if error is not None and rank == world_rank():
+            raise error
+        raise RankFailure(f"{what} failed on rank {rank}: {outcome.error}{outcome.trace}")
+    return value  # type: ignore[return-value]
+
+
+def _outcome_of(error: Exception | None) -> _Outcome:
+    if error is None:
+        return _Outcome()
+    if isinstance(error, MegascoreError):
+        return _Outcome(error=str(error))
+    trace = "".join(traceback.format_exception(error))
+    return _Outcome(error=f"{type(error).__name__}: {error}", trace=f"\n--- its traceback ---\n{trace}")

@@ -1,0 +1,192 @@
+"""What a scoring job is told: typed sections, read from YAML and ``key=value`` overrides.
+
+Unknown keys, wrong types and contradictions are refused here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from megascore.errors import ConfigError
+from megascore.scoring.recipes import resolve_scores
+
+__all__ = ["DataConfig", "JobConfig", "ModelConfig", "ParallelConfig", "RunConfig", "load_config"]
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass
+class ModelConfig:
+    """The model whose parts are scored."""
+
+    hf: str | None = None
+    """Hugging Face checkpoint directory (config.json, *.safetensors, tokenizer files)."""
+    dtype: str = "bfloat16"
+    """Data type of weights and activations: float32, bfloat16, float16 or float64."""
+
+    def __post_init__(self) -> None:
+        """Check values that do not depend on other sections."""
+        _require_one_of("model.dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class DataConfig:
+    """Calibration data."""
+
+    text: str | None = None
+    """Plain UTF-8 text file, tokenized with the model's own tokenizer and packed without padding."""
+    sequence_length: int = 256
+    """Tokens of one sample."""
+    num_samples: int | None = None
+    """Samples to use; null uses every whole sample in the text."""
+
+    def __post_init__(self) -> None:
+        """Check values that do not depend on other sections."""
+        _require_at_least("data.sequence_length", self.sequence_length, 2)
+        if self.num_samples is not None:
+            _require_at_least("data.num_samples", self.num_samples, 1)
+
+
+@dataclass
+class ParallelConfig:
+    """Degrees of the parallel axes; data parallelism takes the ranks that are left."""
+
+    tensor: int = 1
+    sequence: bool = False
+    """Sequence parallelism in the norms; needs ``tensor`` larger than 1."""
+    pipeline: int = 1
+    pipeline_layers: list[int] | None = None
+    """Layers of each pipeline stage; null splits evenly."""
+    virtual_pipeline: int = 1
+    """Model chunks of each pipeline stage."""
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the axes against each other.
+
+        Raises:
+            ConfigError: a degree below 1, or a combination that Megatron-Core does not have.
+        """
+        for axis in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
+            _require_at_least(f"parallel.{axis}", getattr(self, axis), 1)
+        if self.sequence and self.tensor == 1:
+            raise ConfigError("parallel.sequence=true needs parallel.tensor larger than 1; it is 1.")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ConfigError("parallel.virtual_pipeline larger than 1 needs parallel.pipeline larger than 1; it is 1.")
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.pipeline:
+            raise ConfigError(
+                f"parallel.pipeline_layers has {len(self.pipeline_layers)} entries, {self.pipeline_layers}: "
+                f"expected one for each of parallel.pipeline={self.pipeline} stages."
+            )
+
+
+@dataclass
+class RunConfig:
+    """How the run goes and where its result is written."""
+
+    steps: int | None = None
+    """Steps to run; null runs over all samples, 0 is a dry run that lists the sites."""
+    global_batch_size: int = 8
+    """Samples of one step, over all data-parallel ranks. The order of samples does not depend on the layout."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass."""
+    seed: int = 0
+    """Seed of the order of the samples."""
+    output: str = "scores.safetensors"
+    """Score file to write."""
+    overwrite: bool = False
+    """Replace a score file that is already there."""
+    device: str = "auto"
+    """auto (CUDA where there is some), cpu or cuda."""
+    loss: bool = True
+    """Also compute the language-model loss on the calibration data, which tells whether model and text fit."""
+    timeout_minutes: float = 10.0
+    """How long a rank waits for the others before all stop with an error."""
+
+    def __post_init__(self) -> None:
+        """Check values that do not depend on other sections."""
+        if self.steps is not None:
+            _require_at_least("run.steps", self.steps, 0)
+        _require_at_least("run.global_batch_size", self.global_batch_size, 1)
+        _require_at_least("run.micro_batch_size", self.micro_batch_size, 1)
+        _require_one_of("run.device", self.device, DEVICES)
+        if self.timeout_minutes <= 0:
+            raise ConfigError(f"run.timeout_minutes is {self.timeout_minutes}: expected a positive number.")
+
+
+@dataclass
+class JobConfig:
+    """A whole scoring job."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    scores: Any = "minitron"
+    """A recipe name, or a list of ``{target, method}``."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        """Check the scores, which have a shape of their own."""
+        resolve_scores(self.scores)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a YAML file and ``key=value`` overrides into a checked config.
+
+    Relative paths stay relative to the working directory, as with other torchrun programs.
+
+    Args:
+        path: YAML file with the sections of `JobConfig`.
+        overrides: Such as ``["run.steps=0", "parallel.tensor=2"]``; later ones win.
+
+    Returns:
+        The config, all fields filled.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest right one is named), wrong type, contradiction.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise ConfigError(f"config file {source} not found: give the path of a YAML file.")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override '{override}' has no '=': expected key=value, such as run.steps=0.")
+    try:
+        given = OmegaConf.load(source)
+        if not isinstance(given, DictConfig):
+            raise ConfigError(
+                f"config file {source} holds {type(given).__name__}, expected sections such as 'model:' and 'run:'."
+            )
+        merged = OmegaConf.merge(OmegaConf.structured(JobConfig), given, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError(f"config {source}{_overrides_text(overrides)}: {error.full_key or 'it'}: {what}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {source}{_overrides_text(overrides)} is not YAML: {error}") from error
+    assert isinstance(config, JobConfig)
+    return config
+
+
+def _overrides_text(overrides: Sequence[str]) -> str:
+    return f" with {' '.join(overrides)}" if overrides else ""
+
+
+def _require_at_least(key: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{key} is {value}: expected a whole number of at least {minimum}.")
+
+
+def _require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key} is '{value}': expected one of {', '.join(choices)}.")

@@ -1,0 +1,138 @@
+"""Places of a plain PyTorch model with Hugging Face module names; needs neither megatron nor transformers.
+
+The names in the score file are those of Megatron-Core, so that a file doesn't tell by which library it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from megascore.errors import ModelError
+from megascore.hooks import BlockSimilarityHook, ForwardHook, L2NormHook
+from megascore.parallel.axes import Axis, Placement, Role
+from megascore.parallel.comm import world_rank, world_size
+from megascore.scoring.places import Place, PlaceKind, first_tensor
+
+__all__ = ["PlainModelView"]
+
+HOOKS: dict[str, type[ForwardHook]] = {"l2_norm": L2NormHook, "block_similarity": BlockSimilarityHook}
+
+GLOBAL_NAMES = {
+    "mlp.down_proj": (PlaceKind.FFN_PROJECTION, "mlp.linear_fc2"),
+    "self_attn.o_proj": (PlaceKind.ATTENTION_PROJECTION, "self_attention.linear_proj"),
+    "input_layernorm": (PlaceKind.NORM, "input_layernorm"),
+    "post_attention_layernorm": (PlaceKind.NORM, "pre_mlp_layernorm"),
+}
+"""Modules of a decoder layer in the Llama family of Hugging Face models, and what Megatron-Core calls them."""
+
+
+class PlainModelView:
+    """A Hugging Face style model on this process; with torch.distributed, every process is a data-parallel replica.
+
+    Raises:
+        ModelError: the model has no sequence of decoder layers with the module names of the Llama family.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the decoder and read the model's sizes from its config."""
+        self.modules: Sequence[nn.Module] = (model,)
+        self._prefix, self._decoder, self._layers = _find_decoder(model)
+        self._config = _text_config(model)
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """Sizes of the model, from its Hugging Face config."""
+        config = self._config
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        return {
+            "name": getattr(config, "_name_or_path", "") or type(self.modules[0]).__name__,
+            "num_layers": len(self._layers),
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(config, "head_dim", None) or hidden // heads,
+            "ffn_hidden_size": config.intermediate_size,
+        }
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """Every process is a replica."""
+        return {"data": world_size()}
+
+    @cached_property
+    def places(self) -> Sequence[Place]:
+        """All scorable modules of the decoder."""
+        return tuple(self._find_places())
+
+    def make_hook(self, method: str, place: Place) -> ForwardHook:
+        """Return a fresh hook that computes ``method`` at ``place``."""
+        return HOOKS[method]()
+
+    def _find_places(self) -> Iterator[Place]:
+        for number, layer in enumerate(self._layers):
+            path, name = f"{self._prefix}layers.{number}", f"decoder.layers.{number}"
+            yield self._place(PlaceKind.LAYER, name, layer, path, 1)
+            modules = dict(layer.named_modules())
+            for module_name, (kind, global_name) in GLOBAL_NAMES.items():
+                if module_name in modules:
+                    yield self._linear_or_norm(
+                        kind, f"{name}.{global_name}", modules[module_name], f"{path}.{module_name}"
+                    )
+        norm = getattr(self._decoder, "norm", None)
+        if isinstance(norm, nn.Module):
+            yield self._linear_or_norm(PlaceKind.NORM, "decoder.final_layernorm", norm, f"{self._prefix}norm")
+
+    def _linear_or_norm(self, kind: PlaceKind, name: str, module: nn.Module, local_name: str) -> Place:
+        width = self.facts["hidden_size"] if kind is PlaceKind.NORM else module.in_features
+        assert isinstance(width, int)
+        return self._place(kind, name, module, local_name, width)
+
+    def _place(self, kind: PlaceKind, name: str, module: nn.Module, local_name: str, num_channels: int) -> Place:
+        replicas = Axis("dp", world_rank(), world_size())
+        placement = Placement.whole(num_channels, ((replicas, Role.SUM),))
+        read = _read_norm if kind is PlaceKind.NORM else _read
+        return Place(kind, name, module, local_name, placement, read)
+
+
+def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Return input and output of a module whose tensors are [B, S, C], as views [S, B, C]."""
+    inputs = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+    return _sequence_first(inputs), _sequence_first(first_tensor(output))
+
+
+def _read_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Return the output of a norm twice, as a view [S, B, C]."""
+    normalized = _sequence_first(first_tensor(output))
+    return normalized, normalized
+
+
+def _sequence_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1) if tensor.dim() == 3 else tensor
+
+
+def _find_decoder(model: nn.Module) -> tuple[str, nn.Module, nn.ModuleList]:
+    """Return the prefix of the decoder's name, the decoder, and its layers."""
+    for name, module in model.named_modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) and hasattr(layers[0], "self_attn"):
+            return (f"{name}." if name else ""), module, layers
+    children = ", ".join(name for name, _ in model.named_children())
+    raise ModelError(
+        f"{type(model).__name__} has no 'layers' with 'self_attn' inside (found: {children}). Plain models need the "
+        "module names of the Llama family (mlp.down_proj, self_attn.o_proj); a Megatron-Core model is recognised by "
+        "its own class."
+    )
+
+
+def _text_config(model: nn.Module) -> Any:
+    """Return the config with the sizes of the decoder, below any wrapper."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        config = getattr(config, "text_config", None) or config
+        if config is not None and hasattr(config, "num_attention_heads"):
+            return config
+    raise ModelError(f"{type(model).__name__} has no Hugging Face 'config' with num_attention_heads: attach needs one.")

@@ -1,0 +1,147 @@
+"""One scoring run over somebody's forward loop: hooks on, steps counted, results merged, hooks off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from megascore.errors import HookStateError
+from megascore.parallel.comm import sum_in_place
+from megascore.parallel.merge import Part, merge_over_world
+from megascore.scoring.assemble import assemble_scores
+from megascore.scoring.places import ModelView
+from megascore.scoring.recipes import ScoreRequest
+from megascore.scoring.score_file import Scores
+from megascore.scoring.sites import SCORE, Site, build_sites, plan_of_scores, plan_of_states
+
+__all__ = ["ScoringRun"]
+
+
+class ScoringRun:
+    """Scores a model while it runs in its owner's loop.
+
+    Building one is collective over the world: all ranks do it together, and so are `step` and `finish`. Forward
+    passes in between communicate nothing on behalf of the scores. The model is in evaluation mode meanwhile (dropout
+    would be measured otherwise); leaving the ``with`` block, or `close`, takes the hooks off and restores the mode.
+    """
+
+    def __init__(
+        self, view: ModelView, requests: Sequence[ScoreRequest], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Put hooks on the model. Collective over the world.
+
+        Args:
+            view: The model, seen through the adapter of its library.
+            requests: What to score.
+            metadata: Entries to add to the score file's metadata, such as fingerprints.
+
+        Raises:
+            LayoutError: ranks disagree about the model, or a place has a parallel axis without a role.
+            ModelError: a target matches no module on any rank.
+        """
+        self.view = view
+        self.requests = tuple(requests)
+        self.sites = build_sites(view, requests)
+        self.num_steps = 0
+        self._metadata = dict(metadata or {})
+        self._plan = plan_of_states(self.sites, self.requests)
+        self._score_plan = plan_of_scores(self.sites)
+        self._modes = [(module, module.training) for chunk in view.modules for module in chunk.modules()]
+        self._handles: list[RemovableHandle] = []
+        for chunk in view.modules:
+            chunk.eval()
+        for site in self.sites:
+            self._handles.append(site.place.module.register_forward_hook(_forward_hook(site), with_kwargs=True))
+
+    def __enter__(self) -> ScoringRun:
+        """Return the run itself; the hooks are on already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the hooks off, also after an error."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks off and restore the model's mode; the statistics stay. Not collective; can be repeated."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module, training in self._modes:
+            module.training = training
+        self._modes.clear()
+
+    def step(self) -> None:
+        """End a step: ranks that hold parts of the same samples add them up.
+
+        Collective over the groups of the axes that split the sequence, one all-reduce for each such axis however many
+        hooks there are, and none where no axis does. Every rank of such a group has run the same micro-batches.
+        """
+        self._settle()
+        self.num_steps += 1
+
+    def finish(self, metadata: Mapping[str, Any] | None = None) -> Scores:
+        """Merge the statistics of all ranks, and return the same scores on every one.
+
+        Collective over the world: two all-reduces. The accumulators are not changed, so a run can go on afterwards
+        and be finished again.
+
+        Args:
+            metadata: Further entries for the score file, known only now, such as the loss.
+
+        Raises:
+            HookStateError: no tokens have been seen.
+        """
+        self._settle()
+        device = self._device()
+        merged = merge_over_world(self._plan, {site.key: site.part() for site in self.sites}, device)
+        if not any(int(state["num_tokens"]) for state in merged.values()):
+            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
+        own = {}
+        for site in self.sites:
+            if int(merged[site.key]["num_tokens"]):
+                state = {SCORE: site.score(merged[site.key])}
+                own[site.key] = Part(site.place.placement, (site.score_statistic,), state)
+        scores = merge_over_world(self._score_plan, own, device)
+        states = {key: {name: value.cpu() for name, value in state.items()} for key, state in merged.items()}
+        finished = {key: result[SCORE].cpu() for key, result in scores.items()}
+        return assemble_scores(self.requests, states, finished, {**self._all_metadata(), **(metadata or {})})
+
+    def _all_metadata(self) -> dict[str, Any]:
+        return {
+            "num_steps": self.num_steps,
+            "model": {**self.view.facts, **self._metadata.get("model", {})},
+            "layout": dict(self.view.layout),
+            **{name: value for name, value in self._metadata.items() if name != "model"},
+        }
+
+    def _settle(self) -> None:
+        deferring = [site for site in self.sites if site.hook.defers]
+        pending = [(site, site.hook.pending()) for site in deferring]
+        names = sorted({name for site in deferring for name in site.place.groups})
+        for name in names:
+            sharing = [(site, tensors) for site, tensors in pending if name in site.place.groups]
+            sum_in_place([t for _, tensors in sharing for t in tensors], sharing[0][0].place.groups[name])
+        for site, tensors in pending:
+            site.hook.settle(tensors)
+
+    def _device(self) -> torch.device:
+        """Device on which this rank's collectives run; ranks without sites still take part."""
+        parameters = (parameter for chunk in self.view.modules for parameter in chunk.parameters())
+        return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def _forward_hook(site: Site) -> Any:
+    """Return what PyTorch calls after the module: reads its tensors and hands them to the site's hook."""
+
+    def observe(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        with torch.no_grad():
+            inputs, first_output = site.place.read(args, kwargs, output)
+            site.hook.observe(inputs, first_output)
+
+    return observe

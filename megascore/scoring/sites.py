@@ -1,0 +1,109 @@
+"""Sites: one score at one place. Built from a model view and the scores asked for, and checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megascore.errors import LayoutError, ModelError
+from megascore.hooks import ForwardHook, Merge, State, Statistic
+from megascore.parallel.comm import world_size
+from megascore.parallel.merge import Part, Plan, agree_on_plan
+from megascore.scoring.places import KIND_OF_TARGET, ModelView, Place, check_covers_world
+from megascore.scoring.recipes import ScoreRequest
+
+__all__ = ["SCORE", "Site", "build_sites", "plan_of_scores", "plan_of_states"]
+
+SCORE = "score"
+"""Name of the one result of a site that goes into the score file."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One score at one place of this rank."""
+
+    place: Place
+    request: ScoreRequest
+    hook: ForwardHook
+    unit_size: int
+    """Channels that are ranked as one: the head size where heads are ranked, else 1."""
+
+    @property
+    def key(self) -> str:
+        """Name in the score file: ``{place}/{target}/{method}``."""
+        return f"{self.place.name}/{self.request.target}/{self.request.method}"
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The hook's statistics in global terms."""
+        return self.hook.statistics(self.place.placement.shard.total)
+
+    @property
+    def score_statistic(self) -> Statistic:
+        """The finished score as something to merge: every rank that shares the place computes the same."""
+        num_units = self.place.placement.shard.total // self.unit_size
+        return Statistic(SCORE, (num_units,), merge=Merge.REPLICATED)
+
+    def part(self) -> Part:
+        """Return this rank's accumulators, to be merged."""
+        return Part(self.place.placement, self.statistics, self.hook.state)
+
+    def score(self, merged: State) -> Tensor:
+        """Return the finished score [units] float64 from merged statistics: norm2 over the channels of each unit."""
+        channels = self.hook.compute(merged)[SCORE].double()
+        return channels if self.unit_size == 1 else channels.view(-1, self.unit_size).norm(dim=1)
+
+
+def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site, ...]:
+    """Return this rank's sites, their accumulators allocated: a rank that sees no data contributes zeros.
+
+    Raises:
+        LayoutError: a place leaves out a parallel axis, or its channels do not divide into heads.
+    """
+    sites = []
+    for request in requests:
+        for place in view.places:
+            if place.kind is not KIND_OF_TARGET[request.target]:
+                continue
+            check_covers_world(place, world_size())
+            hook = view.make_hook(request.method, place)
+            hook.allocate(place.placement.shard.length, place.device)
+            hook.defers = bool(place.groups) and place.placement.splits_samples
+            sites.append(Site(place, request, hook, _unit_size(view, request, place)))
+    return tuple(sites)
+
+
+def plan_of_states(sites: Sequence[Site], requests: Sequence[ScoreRequest]) -> Plan:
+    """Return the statistics of all sites in the world.
+
+    Collective over the world.
+
+    Raises:
+        LayoutError: ranks disagree about a site.
+        ModelError: on every rank, where a target matches nothing on any rank.
+    """
+    plan = agree_on_plan({site.key: site.statistics for site in sites})
+    for request in requests:
+        ending = f"/{request.target}/{request.method}"
+        if not any(key.endswith(ending) for key in plan):
+            raise ModelError(
+                f"target '{request.target}' matches no module on any rank: the model has no "
+                f"{KIND_OF_TARGET[request.target].value} that megascore knows. Drop it from 'scores'."
+            )
+    return plan
+
+
+def plan_of_scores(sites: Sequence[Site]) -> Plan:
+    """Return the finished scores of all sites in the world. Collective over the world."""
+    return agree_on_plan({site.key: (site.score_statistic,) for site in sites})
+
+
+def _unit_size(view: ModelView, request: ScoreRequest, place: Place) -> int:
+    if request.target != "attention_heads":
+        return 1
+    head_dim, total = int(view.facts["head_dim"]), place.placement.shard.total
+    if total % head_dim:
+        raise LayoutError(f"{place.name} has {total} input channels, not a multiple of the head size {head_dim}.")
+    return head_dim

@@ -1,0 +1,71 @@
+"""Tiny random Hugging Face checkpoints, and what transformers says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["FAMILIES", "reference_logits", "reference_loss", "save_checkpoint"]
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "mistral": {"head_dim": 24, "tie_word_embeddings": False, "sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": False},
+}
+"""One variant of each family: biases, tied embeddings, head sizes and rotary base differ between them."""
+
+
+def save_checkpoint(
+    directory: Path, family: str, *, seed: int = 0, max_shard_size: str = "5GB", **changes: Any
+) -> Path:
+    """Make a random model of a family and save it.
+
+    Args:
+        directory: Where to; made if needed.
+        family: Key of `FAMILIES`.
+        seed: Of the weights.
+        max_shard_size: Of the safetensors files.
+        changes: Config values other than those of `SIZES` and `FAMILIES`.
+
+    Returns:
+        The directory.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # transformers starts norms at one and biases at zero, where a mistake in loading them would not show.
+            spread = 0.1 if "proj" in name or "embed" in name or "lm_head" in name else 0.3
+            parameter.normal_(1.0 if "norm" in name else 0.0, spread)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+@torch.no_grad()
+def reference_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits of transformers, [B, S, V], for tokens [B, S]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    logits: torch.Tensor = model.eval()(tokens).logits
+    return logits
+
+
+def reference_loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Mean next-token loss in nats, computed in float64."""
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten()))

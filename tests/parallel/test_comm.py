@@ -1,0 +1,69 @@
+"""The collectives, on real gloo processes: one call of the pool checks several things."""
+
+from __future__ import annotations
+
+import torch
+
+from megascore.errors import DataError, LayoutError, RankFailure
+from megascore.hooks.statistics import Statistic
+from megascore.parallel.comm import agree, gather_objects, sum_in_place, world_rank, world_size
+from megascore.parallel.merge import agree_on_plan
+from tests.pool import WorkerPool
+
+
+def test_collectives_on_three_ranks(world: WorkerPool) -> None:
+    ranks = world.run(3, use_all_collectives)
+    for rank, seen in enumerate(ranks):
+        assert seen["sums"] == ([6.0, 6.0], [[3]])
+        assert seen["objects"] == ["from 0", "from 1", "from 2"]
+        assert seen["agreed"] == rank
+        assert seen["plan"] == ["a", "b0", "b1", "b2"]
+    assert [seen["raised"] for seen in ranks] == ["RankFailure", "DataError", "RankFailure"]
+    assert [seen["text"] for seen in ranks] == [
+        "reading failed on rank 1: no text on 1",
+        "no text on 1",
+        "reading failed on rank 1: no text on 1",
+    ]
+    assert all("TypeError: unknown" in seen["unknown"] and "its traceback" in seen["unknown"] for seen in ranks[:2])
+    assert all("ranks 0 and 2 differ at a" in seen["plan error"] for seen in ranks)
+
+
+def use_all_collectives() -> dict[str, object]:
+    rank = world_rank()
+    seen: dict[str, object] = {}
+    float_tensor, count = torch.tensor([1.0, 1.0]) * (rank + 1), torch.tensor([[1]])
+    sum_in_place([float_tensor, count])
+    seen["sums"] = (float_tensor.tolist(), count.tolist())
+    seen["objects"] = gather_objects(f"from {rank}")
+    seen["agreed"] = agree("nothing", lambda: rank)
+    try:
+        # Ranks 1 and 2 fail; the first of them tells its own error, the others tell of it.
+        agree("reading", _fail_on_ranks_1_and_2)
+    except (DataError, RankFailure) as error:
+        seen["raised"], seen["text"] = type(error).__name__, str(error)
+    try:
+        agree("computing", _fail_unexpectedly_on_rank_2)
+    except (TypeError, RankFailure) as error:
+        seen["unknown"] = str(error)
+    seen["plan"] = list(agree_on_plan({"a": (Statistic("s", (2,)),), f"b{rank}": ()}))
+    try:
+        agree_on_plan({"a": (Statistic("s", (3 if rank == 2 else 2,)),)})
+    except LayoutError as error:
+        seen["plan error"] = str(error)
+    return seen
+
+
+def test_without_torch_distributed_one_process_is_a_world() -> None:
+    tensor = torch.tensor([1.0])
+    sum_in_place([tensor])
+    assert (world_rank(), world_size(), tensor.tolist(), gather_objects("x")) == (0, 1, [1.0], ["x"])
+
+
+def _fail_on_ranks_1_and_2() -> None:
+    if world_rank() > 0:
+        raise DataError(f"no text on {world_rank()}")
+
+
+def _fail_unexpectedly_on_rank_2() -> None:
+    if world_rank() == 2:
+        raise TypeError("unknown")
