@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from megascore.errors import ConfigError
+from megascore.parallel.comm import agree
 from megascore.scoring.places import ModelView
 from megascore.scoring.plain import PlainModelView
 from megascore.scoring.recipes import ScoreRequest, resolve_scores
@@ -47,7 +48,7 @@ def attach(
     if recipe is not None and scores is not None:
         raise ConfigError(f"attach was given recipe={recipe!r} and scores: give one of them.")
     requests = resolve_scores(scores if scores is not None else recipe or "minitron")
-    return ScoringRun(_view_of(model), requests, metadata)
+    return ScoringRun(agree("looking at the model", lambda: _view_of(model)), requests, metadata)
 
 
 def _view_of(model: nn.Module | Sequence[nn.Module]) -> ModelView:

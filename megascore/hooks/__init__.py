@@ -5,6 +5,8 @@ from __future__ import annotations
 from megascore.hooks.base import ForwardHook
 from megascore.hooks.block_similarity import BlockSimilarityHook
 from megascore.hooks.channel_contribution import IndependentChannelContributionHook
+from megascore.hooks.expert_ffn import RoutedL2NormHook
+from megascore.hooks.expert_output import RouterWeightedNormHook
 from megascore.hooks.iterative import IterativeChannelContributionHook
 from megascore.hooks.kv_head import IndependentKvHeadContributionHook
 from megascore.hooks.l2_norm import L2NormHook
@@ -20,6 +22,8 @@ __all__ = [
     "L2NormHook",
     "LayerNormContributionHook",
     "Merge",
+    "RoutedL2NormHook",
+    "RouterWeightedNormHook",
     "State",
     "Statistic",
 ]

@@ -50,7 +50,7 @@ class ForwardHook(ABC):
 
     @abstractmethod
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
-        """Add one call to the statistics, under ``torch.no_grad``.
+        """Add one call to the statistics; decorated with `exact`, without gradients and autocast.
 
         Args:
             inputs: The module's input, channels last, any float dtype; not kept, not changed.
@@ -122,7 +122,7 @@ class ForwardHook(ABC):
     def adopt(self, merged: State) -> None:
         """Replace the accumulators by a merged state, all data of which now counts as seen by this hook.
 
-        Tensor-parallel subclasses keep only their own part of it.
+        Tensor-parallel subclasses keep only their own part of it; all ranks that share the place do it.
         """
         if self._num_channels is not None:
             for statistic in self.statistics(self._num_channels):

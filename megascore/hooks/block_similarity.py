@@ -8,6 +8,7 @@ from torch import Tensor
 from megascore.errors import HookStateError
 from megascore.hooks import kernels
 from megascore.hooks.base import ForwardHook
+from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
 
 __all__ = ["BlockSimilarityHook"]
@@ -23,7 +24,7 @@ class BlockSimilarityHook(ForwardHook):
         """Return the sum of cosines; ``num_channels`` is 1, the block itself."""
         return (Statistic("sum_of_cosines", (num_channels,)),)
 
-    @torch.no_grad()
+    @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``inputs`` and ``output`` are the block's hidden states, of the same shape, features last."""
         if inputs.shape != output.shape:

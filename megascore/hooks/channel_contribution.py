@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megascore.hooks import kernels
+from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
 from megascore.hooks.weights import WeightHook, weight_matrix
 
@@ -31,7 +31,7 @@ class IndependentChannelContributionHook(WeightHook):
         """Return the sum of absolute activations, and the weight's column norms."""
         return (*super().declare(num_channels), Statistic("sum_of_abs", (num_channels,), channel_dim=0))
 
-    @torch.no_grad()
+    @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``inputs`` is [..., C]. Not collective."""
         self.allocate(inputs.shape[-1], inputs.device)
@@ -44,7 +44,7 @@ class IndependentChannelContributionHook(WeightHook):
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score``, ``weight_norm`` and ``agg_channel_activations`` (mean times ``num_calls``), each [C]."""
         self._require_data(state)
-        means = state["sum_of_abs"] * (num_calls / state["num_tokens"])
+        means = state["sum_of_abs"] / state["num_tokens"] * num_calls
         return {
             "score": state["weight_norm"] * means,
             "weight_norm": state["weight_norm"],

@@ -65,27 +65,33 @@ class Contributions:
         norms = self.weight_norm.to(dtype)
         if self.pruned is None:
             return total + _sums_with_nothing_pruned(x, norms, mask)
-        kept_columns, pruned_columns = _Columns(self.weight, self.kept), _Columns(self.weight, self.pruned)
-        # The step must be the same on all ranks that share the tokens, so it depends on the output's width alone.
-        step = max(1, min(TOKENS_AT_ONCE, CHUNK_BYTES // (5 * y.shape[-1] * dtype.itemsize)))
+        # Kept channels first, then pruned ones: one gather of the inputs serves both products.
+        order, num_kept = torch.cat([self.kept, self.pruned]), len(self.kept)
+        columns = _Columns(self.weight, order)
+        square_norms = norms[self.kept].square_()
+        # The step must be the same on all ranks that share the tokens: their shards are of one size.
+        bytes_each = max(5 * y.shape[-1] * dtype.itemsize, 2 * x.shape[-1] * dtype.itemsize)
+        step = max(1, min(TOKENS_AT_ONCE, CHUNK_BYTES // bytes_each))
         for start in range(0, len(x), step):
             some = slice(start, start + step)
-            error = self._error(x[some], y[some], pruned_columns, dtype)
+            inputs = x[some].index_select(1, order)
+            error = self._error(inputs, y[some], columns, num_kept)
             squares = torch.linalg.vector_norm(error, dim=-1).square_().add_(EPSILON)
             error *= 2
-            for first, last in kept_columns.blocks(step):
-                cross = product(error, kept_columns[first:last])
-                inputs = x[some].index_select(1, self.kept[first:last]).to(dtype)
-                block_norms = norms[self.kept[first:last]].square()
-                part_mask = None if mask is None else mask[some]
-                total[first:last] += _sums_of_block(inputs, cross, squares, block_norms, part_mask)
+            part_mask = None if mask is None else mask[some]
+            for first, last in columns.blocks(0, num_kept, step):
+                cross = product(error, columns[first:last])
+                kept_inputs = inputs[:, first:last].to(dtype)
+                sums = _sums_of_block(kept_inputs, cross, squares, square_norms[first:last], part_mask)
+                total[first:last] += sums
         return total
 
-    def _error(self, x: Tensor, y: Tensor, pruned_columns: _Columns, dtype: torch.dtype) -> Tensor:
+    def _error(self, inputs: Tensor, y: Tensor, columns: _Columns, num_kept: int) -> Tensor:
         """Return s [T, E], the output's error when nothing more is pruned."""
-        residual = x.new_zeros(y.shape, dtype=dtype)
-        for first, last in pruned_columns.blocks(len(x)):
-            residual += product(x.index_select(1, pruned_columns.index[first:last]), pruned_columns[first:last].mT)
+        dtype = torch.promote_types(kernels.accumulation_dtype(y.dtype), kernels.accumulation_dtype(self.weight.dtype))
+        residual = inputs.new_zeros(y.shape, dtype=dtype)
+        for first, last in columns.blocks(num_kept, inputs.shape[1], len(inputs)):
+            residual += product(inputs[:, first:last], columns[first:last].mT)
         residual = self.reduce_over_shards(residual)
         if self.calibration_method is None:
             return residual
@@ -96,30 +102,28 @@ class Contributions:
 
 
 class _Columns:
-    """Some columns of a weight [E, C]: gathered once where they are small, block by block where they are not."""
+    """The columns of a weight [E, C] in another order: gathered once where they are small, else block by block."""
 
-    def __init__(self, weight: Tensor, index: Tensor) -> None:
-        self.index = index
+    def __init__(self, weight: Tensor, order: Tensor) -> None:
+        self._order = order
         self._weight = weight
-        fits = weight.numel() * 4 <= BLOCK_BYTES
-        self._gathered = weight.index_select(1, index) if fits else None
+        self._gathered = weight.index_select(1, order) if weight.numel() * 4 <= BLOCK_BYTES else None
 
-    def blocks(self, num_tokens: int) -> Iterator[tuple[int, int]]:
-        """Yield (first, last) of blocks of columns, for products with ``num_tokens`` tokens."""
-        num_outputs = self._weight.shape[0]
+    def blocks(self, start: int, stop: int, num_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield (first, last) of blocks of the columns from start to stop, for products with ``num_tokens`` tokens."""
         # In float32: a product in two parts, its sum and the inputs; and the block itself, and a library's copy of it.
         widths = [BLOCK_BYTES // (16 * max(1, num_tokens))]
         if self._gathered is None:
-            widths.append(BLOCK_BYTES // (8 * num_outputs))
+            widths.append(BLOCK_BYTES // (8 * self._weight.shape[0]))
         step = max(1, min(widths))
-        for first in range(0, len(self.index), step):
-            yield first, min(first + step, len(self.index))
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
 
     def __getitem__(self, block: slice) -> Tensor:
         """Return columns [E, N] of a block."""
         if self._gathered is not None:
             return self._gathered[:, block]
-        return self._weight.index_select(1, self.index[block])
+        return self._weight.index_select(1, self._order[block])
 
 
 def _sums_of_block(inputs: Tensor, cross: Tensor, squares: Tensor, square_norms: Tensor, mask: Tensor | None) -> Tensor:
@@ -132,7 +136,7 @@ def _sums_of_block(inputs: Tensor, cross: Tensor, squares: Tensor, square_norms:
         square_norms: norm2(W)^2 [K].
         mask: bool [T].
     """
-    total = inputs.new_zeros(inputs.shape[1], dtype=torch.float64)
+    total = kernels.ColumnSum(inputs.shape[1], inputs.dtype, inputs.device)
     for start, stop in kernels.chunks(len(inputs), 2 * inputs.shape[1] * inputs.itemsize, inputs.device):
         x, value = inputs[start:stop], cross[start:stop]
         value.addcmul_(x, square_norms)
@@ -141,18 +145,18 @@ def _sums_of_block(inputs: Tensor, cross: Tensor, squares: Tensor, square_norms:
         value.clamp_(min=EPSILON).sqrt_()
         if mask is not None:
             value.masked_fill_(~mask[start:stop, None], 0)
-        total += kernels.row_sum(value)
-    return total
+        total.add(value)
+    return total.result()
 
 
 def _sums_with_nothing_pruned(x: Tensor, norms: Tensor, mask: Tensor | None) -> Tensor:
     """Return the sums over tokens of ``sqrt((x norm2(W))^2 + EPSILON)``: [C] float64."""
-    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    total = kernels.ColumnSum(x.shape[1], norms.dtype, x.device)
     epsilon = norms.new_tensor(EPSILON)
     for start, stop in kernels.chunks(len(x), x.shape[1] * norms.itemsize, x.device):
         value = x[start:stop].to(norms.dtype) * norms
         torch.addcmul(epsilon, value, value, out=value).sqrt_()
         if mask is not None:
             value.masked_fill_(~mask[start:stop, None], 0)
-        total += kernels.row_sum(value)
-    return total
+        total.add(value)
+    return total.result()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megascore.errors import HookStateError
 from megascore.hooks import kernels
 from megascore.hooks.contributions import Contributions
+from megascore.hooks.exact import exact
 from megascore.hooks.schedule import pruning_schedule
 from megascore.hooks.statistics import Merge, State, Statistic
 from megascore.hooks.weights import WeightHook, output_bias, weight_matrix
@@ -91,7 +92,7 @@ class IterativeChannelContributionHook(WeightHook):
             "total_channels": self._total_channels(),
         }
 
-    @torch.no_grad()
+    @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call: the whole of an iteration unless `defers` is set.
 
@@ -123,8 +124,9 @@ class IterativeChannelContributionHook(WeightHook):
             self._reduce_over_shards,
         )
         sums, count = self.pending()
+        own_sums = self._own_channels(sums)
         for (x, y), mask in kernels.token_views([inputs, output], token_mask):
-            sums[self._kept_index] += measure.sums(x, y, mask)
+            own_sums[self._kept_index] += measure.sums(x, y, mask)
         num_tokens = kernels.num_tokens(inputs, token_mask)
         count += num_tokens
         self._count_tokens(num_tokens)
@@ -166,7 +168,7 @@ class IterativeChannelContributionHook(WeightHook):
             )
         if int(state["num_calls"]) < done:
             raise HookStateError(
-                f"{type(self).__name__}: the mask of an iteration left no token, so the channels it pruned mean nothing; "
+                f"{type(self).__name__}: the mask of an iteration left no token, so what it pruned means nothing; "
                 "leave out calls without tokens."
             )
         score = state["prune_position"] - 1
@@ -175,6 +177,10 @@ class IterativeChannelContributionHook(WeightHook):
     def _reduce_over_shards(self, residual: Tensor) -> Tensor:
         """Return ``residual`` [T, E] added up over the ranks that hold the other channels; here there are none."""
         return residual
+
+    def _own_channels(self, values: Tensor) -> Tensor:
+        """Return the view of ``values``, shaped like the decisions, that belongs to the channels of the inputs."""
+        return values
 
     def _weight(self) -> Tensor:
         return weight_matrix(self._layer, self._score_name(), may_be_shard=self.takes_shards)
@@ -189,6 +195,10 @@ class IterativeChannelContributionHook(WeightHook):
         """Channels of the whole layer pruned so far: known from the schedule, without asking the device."""
         return sum(self.pruning_schedule[: self._iteration])
 
+    def _num_pruned_here(self, pruned: Tensor) -> int:
+        """Count ``pruned``, bool by channel of the inputs; here those are all channels, and the schedule tells."""
+        return self._num_pruned()
+
     def _prune(self, number: int) -> None:
         """Mark ``number`` more channels of the whole layer as pruned, those with the smallest sums of contributions."""
         state = self._state
@@ -197,9 +207,9 @@ class IterativeChannelContributionHook(WeightHook):
 
     def _index_channels(self) -> None:
         """Set the indices of this rank's kept channels and of its pruned ones, both ascending."""
-        pruned = self._state["prune_position"] > 0
+        pruned = self._own_channels(self._state["prune_position"]) > 0
         order = torch.argsort(pruned.to(torch.int8), stable=True)
-        num_kept = len(order) - self._num_pruned()
+        num_kept = len(order) - self._num_pruned_here(pruned)
         self._kept_index, self._pruned_index = order[:num_kept], order[num_kept:]
 
     def _advance(self, sums: Tensor, count: Tensor) -> None:

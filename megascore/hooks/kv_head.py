@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megascore.errors import HookStateError
 from megascore.hooks import kernels
+from megascore.hooks.exact import exact
 from megascore.hooks.products import product
 from megascore.hooks.statistics import State, Statistic
 from megascore.hooks.weights import WeightHook, weight_matrix
@@ -80,7 +81,7 @@ class IndependentKvHeadContributionHook(WeightHook):
         """Return the sum of norms, and the norms of the heads' weights; a channel is a KV head."""
         return (*super().declare(num_channels), Statistic("sum_of_norms", (num_channels,), channel_dim=0))
 
-    @torch.no_grad()
+    @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``inputs`` is [..., num_kv_heads * width], the projection's input. Not collective."""
         num_kv_heads, width = len(self._weight_norm), self._group_width
@@ -101,7 +102,7 @@ class IndependentKvHeadContributionHook(WeightHook):
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [num_kv_heads], the mean times ``num_calls``."""
         self._require_data(state)
-        return {"score": state["sum_of_norms"] * (num_calls / state["num_tokens"])}
+        return {"score": state["sum_of_norms"] / state["num_tokens"] * num_calls}
 
     def _observe_tokens(self, x: Tensor, mask: Tensor | None) -> None:
         dtype = kernels.accumulation_dtype(x.dtype)

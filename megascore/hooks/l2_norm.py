@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megascore.errors import HookStateError
 from megascore.hooks import kernels
 from megascore.hooks.base import ForwardHook
+from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
 
 __all__ = ["L2NormHook"]
@@ -40,7 +41,7 @@ class L2NormHook(ForwardHook):
             Statistic("num_samples", (), torch.int64, of_samples=True),
         )
 
-    @torch.no_grad()
+    @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``inputs`` is [S, B, C] or [S, C], ``token_mask`` [S, B] or [S]. Not collective."""
         x = self._sequence_first(inputs)

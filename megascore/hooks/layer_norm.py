@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megascore.errors import HookStateError
 from megascore.hooks import kernels, rank_files
 from megascore.hooks.base import ForwardHook
+from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
 from megascore.hooks.weights import WeightHook
 
@@ -40,7 +41,7 @@ class LayerNormContributionHook(WeightHook):
         """Return the sum of absolute outputs, and the norms of the layer's weights."""
         return (*super().declare(num_channels), Statistic("sum_of_abs", (num_channels,), channel_dim=0))
 
-    @torch.no_grad()
+    @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``output`` is [..., C], ``inputs`` is not used. Not collective."""
         self.allocate(output.shape[-1], output.device)
@@ -53,7 +54,7 @@ class LayerNormContributionHook(WeightHook):
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [C] (the mean times ``num_calls``) and ``channels_importance_ascending`` [C] int64."""
         self._require_data(state)
-        score = state["sum_of_abs"] * (num_calls / state["num_tokens"])
+        score = state["sum_of_abs"] / state["num_tokens"] * num_calls
         return {"score": score, "channels_importance_ascending": torch.argsort(score, stable=True)}
 
     @classmethod

@@ -3,12 +3,57 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-with warnings.catch_warnings():
-    # Megatron says on import, once for each module, that apex and Transformer Engine are not there. They are optional.
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*", category=UserWarning)
-    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+import torch
 
-from megascore.mcore.hooks import MegatronBlockSimilarityHook, MegatronL2NormHook
+__all__ = [
+    "MegatronBlockSimilarityHook",
+    "MegatronIndependentChannelContributionHook",
+    "MegatronIndependentKvHeadContributionHook",
+    "MegatronIterativeChannelContributionHook",
+    "MegatronL2NormHook",
+    "MegatronLayerNormContributionHook",
+    "MegatronRoutedL2NormHook",
+    "MegatronRouterWeightedNormHook",
+]
 
-__all__ = ["MegatronBlockSimilarityHook", "MegatronL2NormHook"]
+
+@contextmanager
+def _importing_megatron() -> Iterator[None]:
+    """Keep Megatron's import quiet, and short where there is no CUDA.
+
+    On import it warns of its own deprecations, and that apex and Transformer Engine, which are optional, are not there.
+    And it wraps its fused kernels in torch.compile, which loads a compiler that takes as long as all the rest, and that
+    nobody needs for scoring on a CPU.
+    """
+    compile_before = torch.compile
+
+    def leave_alone(function: Any = None, **_: Any) -> Any:
+        return (lambda inner: inner) if function is None else function
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            setattr(torch, "compile", leave_alone)  # noqa: B010 - mypy takes no assignment to a function
+        try:
+            yield
+        finally:
+            setattr(torch, "compile", compile_before)  # noqa: B010
+
+
+with _importing_megatron():
+    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.core.pipeline_parallel  # noqa: F401
+
+from megascore.mcore.expert_hooks import MegatronRoutedL2NormHook, MegatronRouterWeightedNormHook  # noqa: E402
+from megascore.mcore.hooks import (  # noqa: E402
+    MegatronBlockSimilarityHook,
+    MegatronIndependentChannelContributionHook,
+    MegatronIndependentKvHeadContributionHook,
+    MegatronIterativeChannelContributionHook,
+    MegatronL2NormHook,
+    MegatronLayerNormContributionHook,
+)

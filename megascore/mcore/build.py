@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -10,7 +12,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascore.errors import ConfigError, LayoutError, ModelError
-from megascore.mcore.compat import has_transformer_engine
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig, read_config
 from megascore.mcore.huggingface.load import load_weights
 from megascore.mcore.layout import check_divisible, layers_of_chunks
@@ -83,8 +84,6 @@ def build_model(
             f"data.sequence_length={max_sequence_length} is more than the model's {hf_config.max_positions} positions "
             "(max_position_embeddings): choose a shorter one."
         )
-    if parallel.context > 1 and not (device.type == "cuda" and has_transformer_engine()):
-        raise LayoutError(f"parallel.context={parallel.context} needs Transformer Engine on CUDA: set it to 1.")
     config = _transformer_config(hf_config, parallel, dtype, max_sequence_length)
     chunks = [
         _build_chunk(hf_config, config, parallel, device, max_sequence_length, chunk)
@@ -125,7 +124,21 @@ def _transformer_config(
 ) -> TransformerConfig:
     window = hf_config.sliding_window
     slides = window is not None and max_sequence_length > window
-    return TransformerConfig(
+    if slides and parallel.context > 1:
+        raise LayoutError(
+            f"parallel.context={parallel.context} with sequences of {max_sequence_length}, longer than the model's "
+            f"sliding window of {window}: set data.sequence_length to at most {window}, or parallel.context=1."
+        )
+    with warnings.catch_warnings():
+        # A deprecation of its own default.
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
+        return TransformerConfig(**_config_values(hf_config, parallel, dtype, window if slides else None))
+
+
+def _config_values(
+    hf_config: HuggingFaceModelConfig, parallel: ParallelConfig, dtype: torch.dtype, window: int | None
+) -> dict[str, Any]:
+    return dict(
         num_layers=hf_config.num_layers,
         hidden_size=hf_config.hidden_size,
         ffn_hidden_size=hf_config.ffn_size,
@@ -142,8 +155,8 @@ def _transformer_config(
         add_bias_linear=hf_config.attention_output_bias or hf_config.mlp_bias,
         add_qkv_bias=hf_config.qkv_bias,
         # Megatron counts the keys before the query, transformers the query too.
-        window_size=(window - 1, 0) if window is not None and slides else None,
-        window_attn_skip_freq=[int(slides) for slides in hf_config.sliding_layers] if slides else None,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None if window is None else [int(slides) for slides in hf_config.sliding_layers],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from megascore.errors import ConfigError
 from megascore.mcore.compat import forget_cached_masks
+from megascore.mcore.cpu_experts import expert_replacements
 
 __all__ = ["cpu_stand_in"]
 
@@ -40,6 +41,9 @@ def cpu_stand_in() -> Iterator[None]:
         stack.enter_context(_replaced(torch.cuda, "synchronize", lambda device=None: None))
         stack.enter_context(_replaced(megatron_random, "_CUDA_RNG_STATE_TRACKER", _NoRngTracker()))
         stack.enter_context(_replaced(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
+        _replace_streams(stack)
+        for owner, name, value in expert_replacements():
+            stack.enter_context(_replaced(owner, name, value))
         stack.callback(forget_cached_masks)
         stack.enter_context(_CudaMeansCpu())
         yield
@@ -47,12 +51,45 @@ def cpu_stand_in() -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
+    """Give a name of a module or class another value meanwhile, also a name that it does not have."""
+    missing = object()
+    before = getattr(owner, name, missing)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def _replace_streams(stack: ExitStack) -> None:
+    """There is one stream, on which everything is done when the call returns."""
+    # Classes, because other libraries name them in type annotations.
+    stack.enter_context(_replaced(torch.cuda, "Stream", _NoStream))
+    stack.enter_context(_replaced(torch.cuda, "Event", _NoEvent))
+    stack.enter_context(_replaced(torch.cuda, "current_stream", _NoStream))
+    stack.enter_context(_replaced(torch.cuda, "stream", lambda _stream: nullcontext()))
+
+
+class _NoEvent:
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        """Take what a CUDA event takes."""
+
+    def synchronize(self) -> None:
+        """Everything is done already."""
+
+
+class _NoStream:
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        """Take what a CUDA stream takes."""
+
+    def wait_stream(self, _stream: Any) -> None:
+        """Everything is done already."""
+
+    def record_event(self, _event: Any = None) -> _NoEvent:
+        return _NoEvent()
 
 
 class _NoRngTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore[misc]

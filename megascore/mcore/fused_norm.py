@@ -9,7 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["fused_norm_output", "has_fused_norm"]
+__all__ = ["WeightAlone", "fused_norm_output", "has_fused_norm", "norm_module"]
+
+
+class WeightAlone(nn.Module):
+    """A module with a weight and nothing else."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """Take the weight as it is, with the marks that are on it."""
+        super().__init__()
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+
+
+def norm_module(module: nn.Module) -> nn.Module:
+    """Return a module whose ``weight`` is the norm's: the norm itself, or a stand-in where it is fused."""
+    return WeightAlone(module.layer_norm_weight) if has_fused_norm(module) else module  # type: ignore[arg-type]
 
 
 def has_fused_norm(module: nn.Module) -> bool:

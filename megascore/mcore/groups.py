@@ -12,14 +12,27 @@ from torch import nn
 from megascore.errors import LayoutError
 from megascore.parallel.axes import Axis
 
-__all__ = ["DenseGroups"]
+__all__ = ["AxisGroups", "DenseGroups", "ExpertGroups"]
 
 
 @dataclass(frozen=True)
-class DenseGroups:
-    """The axes that the dense layers of a model are spread over: tensor, context, data and pipeline."""
+class AxisGroups:
+    """Process groups by the name of their axis; none in a process by itself."""
 
     groups: Mapping[str, dist.ProcessGroup]
+
+    def axis(self, name: str) -> Axis:
+        """Return this rank's position on an axis; an axis without a group has one rank."""
+        group = self.groups.get(name)
+        return Axis(name, 0, 1) if group is None else Axis(name, group.rank(), group.size())
+
+    def larger_than_one(self, *names: str) -> dict[str, dist.ProcessGroup]:
+        """Return the groups of those named axes that have more than one rank."""
+        return {name: self.groups[name] for name in names if self.axis(name).size > 1}
+
+
+class DenseGroups(AxisGroups):
+    """The axes that the dense layers of a model are spread over: ``tp``, ``cp``, ``dp`` and ``pp``."""
 
     @classmethod
     def of(cls, module: nn.Module) -> DenseGroups:
@@ -39,14 +52,30 @@ class DenseGroups:
         }
         return cls({name: group or _global_group(name) for name, group in groups.items()})
 
-    def axis(self, name: str) -> Axis:
-        """Return this rank's position on the axis ``tp``, ``cp``, ``dp`` or ``pp``."""
-        group = self.groups.get(name)
-        return Axis(name, 0, 1) if group is None else Axis(name, group.rank(), group.size())
 
-    def larger_than_one(self, *names: str) -> dict[str, dist.ProcessGroup]:
-        """Return the groups of those named axes that have more than one rank."""
-        return {name: self.groups[name] for name in names if self.axis(name).size > 1}
+class ExpertGroups(AxisGroups):
+    """The axes that routed experts are spread over.
+
+    ``ep`` (other experts), ``etp`` (other channels of an expert), ``edp`` (other tokens) and ``pp``. They cut the same
+    ranks in another way than the dense axes do.
+    """
+
+    @classmethod
+    def of(cls, moe_layer: nn.Module, dense: DenseGroups) -> ExpertGroups:
+        """Read the groups that a layer of experts was built with, and Megatron's global ones for the rest.
+
+        Raises:
+            LayoutError: torch.distributed runs, but neither the module nor Megatron knows the groups.
+        """
+        if not dist.is_initialized():
+            return cls({})
+        experts = moe_layer.experts
+        groups = {
+            "ep": getattr(moe_layer, "ep_group", None) or getattr(experts, "ep_group", None),
+            "etp": getattr(experts, "tp_group", None),
+            "edp": getattr(experts, "dp_group", None),
+        }
+        return cls({**{name: group or _global_group(name) for name, group in groups.items()}, "pp": dense.groups["pp"]})
 
 
 def _global_group(name: str) -> dist.ProcessGroup:
@@ -60,5 +89,8 @@ def _global_group(name: str) -> dist.ProcessGroup:
         "cp": parallel_state.get_context_parallel_group,
         "dp": parallel_state.get_data_parallel_group,
         "pp": parallel_state.get_pipeline_model_parallel_group,
+        "ep": parallel_state.get_expert_model_parallel_group,
+        "etp": parallel_state.get_expert_tensor_parallel_group,
+        "edp": parallel_state.get_expert_data_parallel_group,
     }
     return getters[name]()

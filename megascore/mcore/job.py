@@ -24,11 +24,18 @@ from megascore.mcore.view import MegatronModelView
 from megascore.mcore.world import local_device, parallel_world
 from megascore.parallel.comm import agree, sum_in_place, world_rank
 from megascore.scoring.config import JobConfig
-from megascore.scoring.data import Samples, check_enough_samples, load_samples, micro_batches_of_step, num_steps
+from megascore.scoring.data import (
+    Samples,
+    check_enough_samples,
+    check_equal_shares,
+    load_samples,
+    micro_batches_of_step,
+    num_steps,
+)
 from megascore.scoring.dry_run import render_sites
 from megascore.scoring.fingerprint import weights_fingerprint
 from megascore.scoring.progress import ScoringProgress
-from megascore.scoring.recipes import resolve_scores
+from megascore.scoring.recipes import check_iterations, resolve_scores
 from megascore.scoring.report import render_scores
 from megascore.scoring.run import ScoringRun
 from megascore.scoring.score_file import Scores, check_output_path
@@ -58,12 +65,15 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
         model_config = agree("checking the job", lambda: _check(config))
         inputs = _read_inputs(config, model_config.vocab_size)
         chunks = agree("loading the model", lambda: _load_model(config, model_config, device))
-        metadata = _metadata(config, inputs)
-        with ScoringRun(MegatronModelView(chunks), resolve_scores(config.scores), metadata) as run:
+        requests = resolve_scores(config.scores)
+        total = _total_steps(config, inputs.samples)
+        if config.run.steps != 0:
+            agree("checking the scores", lambda: check_iterations(requests, total))
+        with ScoringRun(MegatronModelView(chunks), requests, _metadata(config, inputs)) as run:
             if config.run.steps == 0:
                 render_sites(run, console)
                 return None
-            loss = _run_steps(config, run, chunks, inputs.samples, console)
+            loss = _run_steps(config, run, chunks, inputs.samples, total, console)
         scores = run.finish({"loss": loss})
         agree("writing the score file", lambda: scores.save(config.run.output, overwrite=config.run.overwrite))
         if world_rank() == 0:
@@ -108,7 +118,10 @@ def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
         if world_rank() != 0:
             return None
         samples = load_samples(text, folder, data.sequence_length, data.num_samples, config.run.seed)
-        check_enough_samples(len(samples.tokens), parallel_state.get_data_parallel_world_size())
+        data_size = parallel_state.get_data_parallel_world_size()
+        check_enough_samples(len(samples.tokens), data_size)
+        if config.parallel.expert > 1:
+            check_equal_shares(len(samples.tokens), config.run.global_batch_size, data_size)
         largest = int(samples.tokens.max())
         if largest >= vocab_size:
             raise DataError(
@@ -131,13 +144,16 @@ def _load_model(config: JobConfig, model_config: HuggingFaceModelConfig, device:
     return chunks
 
 
+def _total_steps(config: JobConfig, samples: Samples) -> int:
+    total = num_steps(len(samples.tokens), config.run.global_batch_size)
+    return total if config.run.steps is None else min(total, config.run.steps)
+
+
 def _run_steps(
-    config: JobConfig, run: ScoringRun, chunks: Sequence[GPTModel], samples: Samples, console: Console
+    config: JobConfig, run: ScoringRun, chunks: Sequence[GPTModel], samples: Samples, total: int, console: Console
 ) -> float | None:
     """Run the data through the model; return the mean loss in nats per token. Collective over the world."""
     num_samples = len(samples.tokens)
-    total = num_steps(num_samples, config.run.global_batch_size)
-    total = total if config.run.steps is None else min(total, config.run.steps)
     data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     device = next(chunks[0].parameters()).device
     loss_sums = torch.zeros(2, dtype=torch.float64, device=device)

@@ -16,6 +16,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megascore.mcore.context_parallel import local_positions
+
 __all__ = ["LossSums", "forward_only", "token_losses"]
 
 ForwardStep = Callable[[Iterator[Tensor], GPTModel], tuple[Tensor, Any]]
@@ -35,8 +37,8 @@ class LossSums:
 def forward_only(model_chunks: Sequence[GPTModel], micro_batches: Sequence[Tensor], compute_loss: bool) -> LossSums:
     """Run micro-batches through the model, causally masked, for what hooks see of it.
 
-    Collective over tensor and pipeline ranks, which must give the same micro-batches; data-parallel ranks may differ in
-    all of it. Nothing happens without micro-batches.
+    Collective over tensor, context and pipeline ranks, which must give the same micro-batches, whole sequences each;
+    data-parallel ranks may differ in all of it. Nothing happens without micro-batches.
 
     Args:
         model_chunks: The virtual-pipeline chunks of this rank.
@@ -44,8 +46,8 @@ def forward_only(model_chunks: Sequence[GPTModel], micro_batches: Sequence[Tenso
         compute_loss: Whether to compute the loss; without it the output layer is not run at all.
 
     Returns:
-        The loss over all micro-batches on the last pipeline stage, the same on its tensor-parallel ranks; zeros
-        elsewhere.
+        The loss on the last pipeline stage, of this context-parallel rank's tokens and the same on tensor-parallel
+        ranks; zeros elsewhere.
     """
     device = next(model_chunks[0].parameters()).device
     nats, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -100,7 +102,9 @@ def _run_rounds(
         for tokens in micro_batches:
             if not chunk.pre_process:
                 batch_size, length = tokens.shape
-                local_length = length // config.tensor_model_parallel_size if config.sequence_parallel else length
+                local_length = length // config.context_parallel_size
+                if config.sequence_parallel:
+                    local_length //= config.tensor_model_parallel_size
                 received = torch.empty(
                     local_length, batch_size, config.hidden_size, dtype=config.pipeline_dtype, device=device
                 )
@@ -119,13 +123,17 @@ def _forward_step(
     micro_batches: Iterator[Tensor], model: GPTModel, *, device: torch.device, compute_loss: bool
 ) -> tuple[Tensor, Any]:
     tokens = next(micro_batches).to(device)
-    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    positions = local_positions(tokens.shape[1], cp_rank, cp_size, device)
     # Without a mask, the layers' own causal one holds.
-    output = model(tokens, positions, None)
+    output = model(tokens[:, positions], positions.expand(len(tokens), -1), None)
 
     def losses(logits: Tensor, *, non_loss_data: bool) -> Tensor | None:
         assert non_loss_data
-        return token_losses(logits[:, :-1], tokens[:, 1:]) if compute_loss else None
+        if not compute_loss:
+            return None
+        has_next = positions < tokens.shape[1] - 1
+        return token_losses(logits[:, has_next], tokens[:, positions[has_next] + 1])
 
     return output, losses
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascore.mcore.compat import has_transformer_engine
+from megascore.mcore.context_parallel import GatheringAttention
 
 __all__ = ["TorchNorm", "block_spec"]
 
@@ -56,5 +57,7 @@ def block_spec(config: TransformerConfig, device: torch.device, chunk: int | Non
     ):
         if getattr(owner, name) is not IdentityOp:
             setattr(owner, name, TorchNorm)
+    if config.context_parallel_size > 1:
+        attention.core_attention = GatheringAttention
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchNorm)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 
 from megascore.errors import ModelError
 from megascore.hooks import ForwardHook
+from megascore.mcore.experts import ExpertPlace, build_expert_hook, expert_facts, expert_layout, expert_places
 from megascore.mcore.fused_norm import fused_norm_output, has_fused_norm
 from megascore.mcore.groups import DenseGroups
-from megascore.mcore.hooks import HOOKS
-from megascore.mcore.placement import place_hidden_states, place_row_parallel_input
-from megascore.parallel.axes import Placement, Role
+from megascore.mcore.hooks import build_hook
+from megascore.mcore.placement import place_hidden_states, place_kv_heads, place_row_parallel_input
+from megascore.parallel.axes import Placement
 from megascore.scoring.places import Place, PlaceKind, Reader, first_tensor
+from megascore.scoring.recipes import ScoreRequest
 
 __all__ = ["MegatronModelView"]
 
@@ -28,8 +31,7 @@ __all__ = ["MegatronModelView"]
 class MegatronModelView:
     """The decoder of a Megatron-Core model: all its chunks on this rank, wrapped or not.
 
-    Raises:
-        ModelError: there is no decoder in it on this rank.
+    A rank whose part of the model has no decoder layers has no places, and takes part all the same.
     """
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
@@ -41,10 +43,13 @@ class MegatronModelView:
             for name, module in chunk.named_modules()
             if isinstance(module, TransformerBlock)
         ]
-        if not self._blocks:
-            raise ModelError("the model has no Megatron-Core TransformerBlock on this rank: nothing to score here.")
-        self._config: TransformerConfig = self._blocks[0][2].config
-        self._groups = DenseGroups.of(self._blocks[0][2])
+        parts = [block for _, _, block in self._blocks] or [module for chunk in chunks for module in chunk.modules()]
+        built = next((part for part in parts if isinstance(getattr(part, "config", None), TransformerConfig)), None)
+        if built is None:
+            names = ", ".join(type(chunk).__name__ for chunk in chunks)
+            raise ModelError(f"{names}: no module was built with a Megatron-Core TransformerConfig.")
+        self._config: TransformerConfig = built.config
+        self._groups = DenseGroups.of(built)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -57,16 +62,18 @@ class MegatronModelView:
             "num_kv_heads": config.num_query_groups,
             "head_dim": config.kv_channels,
             "ffn_hidden_size": config.ffn_hidden_size,
+            **expert_facts(config),
         }
 
     @property
     def layout(self) -> Mapping[str, Any]:
-        """Degrees of the parallel axes of the dense layers."""
+        """Degrees of the parallel axes; those of experts where there are some."""
         names = {"tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp"}
         return {
             **{name: self._groups.axis(axis).size for name, axis in names.items()},
             "sequence": self._sequence_parallel,
             "virtual_pipeline": len(self.modules),
+            **expert_layout(self._config),
         }
 
     @cached_property
@@ -74,9 +81,11 @@ class MegatronModelView:
         """All scorable modules on this rank."""
         return tuple(self._find_places())
 
-    def make_hook(self, method: str, place: Place) -> ForwardHook:
-        """Return a fresh hook that computes ``method`` at ``place``."""
-        hook = HOOKS[method]()
+    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
+        """Return a fresh hook for one score at ``place``."""
+        if isinstance(place, ExpertPlace):
+            return build_expert_hook(place, self._config)
+        hook = build_hook(request, place)
         hook.put(place.placement, self._groups.larger_than_one("tp", "cp", "dp"), place.device)
         return hook
 
@@ -99,8 +108,20 @@ class MegatronModelView:
         yield self._hidden_states(PlaceKind.LAYER, name, layer, path, 1, _read_layer)
         if hasattr(layer.self_attention, "linear_proj"):
             yield self._linear(PlaceKind.ATTENTION_PROJECTION, name, layer, path, "self_attention.linear_proj")
+            yield self._kv_heads(name, layer.self_attention.linear_proj, f"{path}.self_attention.linear_proj")
         if isinstance(layer.mlp, MLP):
             yield self._linear(PlaceKind.FFN_PROJECTION, name, layer, path, "mlp.linear_fc2")
+        if isinstance(layer.mlp, MoELayer):
+            yield from expert_places(layer.mlp, f"{name}.mlp", f"{path}.mlp", self._groups)
+            if layer.mlp.shared_experts is not None:
+                yield self._linear(
+                    PlaceKind.SHARED_EXPERT_PROJECTION,
+                    name,
+                    layer,
+                    path,
+                    "mlp.shared_experts.linear_fc2",
+                    communicates=not layer.mlp.shared_expert_overlap,
+                )
         for norm, linear in (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1")):
             module = getattr(layer, norm)
             if not isinstance(module, IdentityOp):
@@ -108,10 +129,18 @@ class MegatronModelView:
             elif (fused := _submodule(layer, linear)) is not None and has_fused_norm(fused):
                 yield self._norm(f"{name}.{norm}", fused, f"{path}.{linear}", _fused_norm_reader(fused))
 
-    def _linear(self, kind: PlaceKind, name: str, layer: nn.Module, path: str, linear: str) -> Place:
+    def _linear(
+        self, kind: PlaceKind, name: str, layer: nn.Module, path: str, linear: str, *, communicates: bool = True
+    ) -> Place:
         module = layer.get_submodule(linear)
-        placement = place_row_parallel_input(module, self._groups)
+        placement = place_row_parallel_input(module, self._groups, communicates=communicates)
         return self._place(kind, f"{name}.{linear}", module, f"{path}.{linear}", placement, _read_linear)
+
+    def _kv_heads(self, name: str, linear: nn.Module, path: str) -> Place:
+        placement = place_kv_heads(self._config.num_query_groups, self._groups)
+        return self._place(
+            PlaceKind.KV_HEADS, f"{name}.self_attention.linear_proj", linear, path, placement, _read_linear
+        )
 
     def _norm(self, name: str, module: nn.Module, path: str, read: Reader | None = None) -> Place:
         return self._hidden_states(PlaceKind.NORM, name, module, path, self._config.hidden_size, read or _read_norm)
@@ -125,8 +154,7 @@ class MegatronModelView:
     def _place(
         self, kind: PlaceKind, name: str, module: nn.Module, path: str, placement: Placement, read: Reader
     ) -> Place:
-        sequence_axes = [axis.name for axis in placement.axes(Role.SUM_SEQUENCE)]
-        return Place(kind, name, module, path, placement, read, self._groups.larger_than_one(*sequence_axes))
+        return Place(kind, name, module, path, placement, read)
 
 
 def _named_chunks(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megascore.errors import LayoutError
 from megascore.hooks.statistics import Merge, Statistic
 
-__all__ = ["Axis", "Placement", "Role", "Shard", "describe"]
+__all__ = ["Axis", "Placement", "Role", "Shard", "describe", "in_own_dtype"]
 
 
 class Role(Enum):
@@ -62,11 +62,13 @@ class Placement:
 
     shard: Shard
     roles: tuple[tuple[Axis, Role], ...] = field(default=())
+    copies: int = 1
+    """How often the ranks together see each token here, all roles considered: sums over tokens are divided by it."""
 
     @classmethod
-    def whole(cls, num_channels: int, roles: tuple[tuple[Axis, Role], ...] = ()) -> Placement:
+    def whole(cls, num_channels: int, roles: tuple[tuple[Axis, Role], ...] = (), copies: int = 1) -> Placement:
         """Return a placement where this rank has all ``num_channels`` channels."""
-        return cls(Shard(0, num_channels, num_channels), roles)
+        return cls(Shard(0, num_channels, num_channels), roles, copies)
 
     def __post_init__(self) -> None:
         """Refuse roles that contradict the shard.
@@ -106,7 +108,7 @@ class Placement:
         merged = torch.zeros(statistic.shape, dtype=torch.float64, device=local.device)
         if self._counts(statistic):
             self.local_view(statistic, merged).copy_(local)
-        return merged
+        return merged / self.copies if self._is_copied(statistic) else merged
 
     def local_part(self, statistic: Statistic, merged: Tensor) -> Tensor:
         """Return this rank's accumulator after loading: all contributions of it add up to ``merged`` again.
@@ -115,6 +117,8 @@ class Placement:
         """
         first = all(axis.rank == 0 for axis, role in self.roles if _effective(role, statistic) is Role.SUM)
         part = self.local_view(statistic, merged).to(statistic.dtype)
+        if self._is_copied(statistic):
+            part = part * self.copies
         return part.clone() if first else torch.zeros_like(part)
 
     def local_view(self, statistic: Statistic, merged: Tensor) -> Tensor:
@@ -122,6 +126,10 @@ class Placement:
         if statistic.channel_dim is None:
             return merged
         return merged.narrow(statistic.channel_dim, self.shard.offset, self.shard.length)
+
+    def _is_copied(self, statistic: Statistic) -> bool:
+        """Tell whether copies of a token add to a statistic: not to the number of calls, for they come together."""
+        return self.copies > 1 and statistic.merge is Merge.SUM and not statistic.of_samples
 
     def _counts(self, statistic: Statistic) -> bool:
         """Tell whether this rank is the one that gives a value which several ranks hold."""
@@ -137,6 +145,11 @@ def _effective(role: Role, statistic: Statistic) -> Role:
     if role is Role.SUM_SEQUENCE:
         return Role.SAME if statistic.of_samples else Role.SUM
     return role
+
+
+def in_own_dtype(statistic: Statistic, summed: Tensor) -> Tensor:
+    """Return a float64 sum of `Placement.contribution` in the statistic's dtype; counts are rounded."""
+    return summed.to(statistic.dtype) if statistic.dtype.is_floating_point else summed.round().to(statistic.dtype)
 
 
 def describe(placement: Placement) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megascore.errors import LayoutError
 from megascore.hooks.statistics import Statistic
-from megascore.parallel.axes import Placement
+from megascore.parallel.axes import Placement, in_own_dtype
 from megascore.parallel.comm import gather_objects, sum_in_place
 
 __all__ = ["Part", "Plan", "agree_on_plan", "contributions", "merge_over_world"]
@@ -69,7 +69,7 @@ def merge_over_world(plan: Plan, parts: Mapping[str, Part], device: torch.device
     merged = contributions(plan, parts, device)
     sum_in_place([merged[name][statistic.name] for name, statistics in plan.items() for statistic in statistics])
     return {
-        name: {statistic.name: merged[name][statistic.name].to(statistic.dtype) for statistic in statistics}
+        name: {statistic.name: in_own_dtype(statistic, merged[name][statistic.name]) for statistic in statistics}
         for name, statistics in plan.items()
     }
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megascore.hooks.base import ForwardHook
-from megascore.hooks.statistics import State
-from megascore.parallel.axes import Placement, Role
+from megascore.hooks.statistics import Statistic
+from megascore.parallel.axes import Placement, Role, in_own_dtype
 from megascore.parallel.comm import sum_in_place
 
 __all__ = ["PlacedHook"]
@@ -23,6 +23,8 @@ class PlacedHook(ForwardHook):
     forward pass communicates nothing for additive scores. Without a place it is its parent.
     """
 
+    takes_shards = True
+
     _placement: Placement | None = None
     _groups: Mapping[str, dist.ProcessGroup] = {}
 
@@ -31,18 +33,23 @@ class PlacedHook(ForwardHook):
 
         Args:
             placement: Roles of the axes, and this rank's channels.
-            groups: Process group of every axis larger than 1 that shares this place, by axis name.
+            groups: Process groups of more than one rank that together hold all who share this place, by axis name.
             device: Device of the activations.
         """
         self._placement = placement
-        self._groups = {
-            axis.name: groups[axis.name] for axis, role in placement.roles if axis.size > 1 and role is not Role.OWN
-        }
+        self._groups = dict(groups)
         self.defers = placement.splits_samples
         self.allocate(placement.shard.length, device)
 
+    @property
+    def settling_groups(self) -> Mapping[str, dist.ProcessGroup]:
+        """Groups over which `pending` is added, by axis: those whose ranks hold other parts of the same samples."""
+        if self._placement is None:
+            return {}
+        return {axis.name: self._groups[axis.name] for axis in self._placement.axes(Role.SUM_SEQUENCE)}
+
     def step(self) -> None:
-        """Add up the parts of samples that other ranks hold. Collective over the axes that split the sequence.
+        """Add up what waits for other ranks. Collective over the axes of `settling_groups`.
 
         Called by itself before results are given; call it now and then in a long run, because parts that wait take
         memory.
@@ -50,8 +57,8 @@ class PlacedHook(ForwardHook):
         if self._placement is None or not self.defers:
             return
         waiting = self.pending()
-        for axis in self._placement.axes(Role.SUM_SEQUENCE):
-            sum_in_place(waiting, self._groups[axis.name])
+        for group in self.settling_groups.values():
+            sum_in_place(waiting, group)
         self.settle(waiting)
 
     def merged_state(self) -> dict[str, Tensor]:
@@ -63,15 +70,10 @@ class PlacedHook(ForwardHook):
         merged = [self._placement.contribution(statistic, self.state[statistic.name]) for statistic in statistics]
         for group in self._groups.values():
             sum_in_place(merged, group)
-        return {s.name: value.to(s.dtype) for s, value in zip(statistics, merged, strict=True)}
+        return {s.name: in_own_dtype(s, value) for s, value in zip(statistics, merged, strict=True)}
 
-    def adopt(self, merged: State) -> None:
-        """Take over this rank's part of a merged state. Not collective, but all ranks that share the place do it."""
-        if self._placement is None:
-            return super().adopt(merged)
-        for statistic in self.statistics(self._placement.shard.total):
-            self.state[statistic.name].copy_(self._placement.local_part(statistic, merged[statistic.name]))
-        return None
+    def _local_part(self, statistic: Statistic, merged: Tensor) -> Tensor:
+        return merged if self._placement is None else self._placement.local_part(statistic, merged)
 
     def _global_num_channels(self) -> int | None:
         return self._num_channels if self._placement is None else self._placement.shard.total

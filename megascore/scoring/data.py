@@ -20,7 +20,14 @@ from megascore.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Samples", "check_enough_samples", "load_samples", "micro_batches_of_step", "num_steps"]
+__all__ = [
+    "Samples",
+    "check_enough_samples",
+    "check_equal_shares",
+    "load_samples",
+    "micro_batches_of_step",
+    "num_steps",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +151,24 @@ def check_enough_samples(num_samples: int, data_size: int) -> None:
         raise DataError(
             f"{num_samples} samples for {data_size} data-parallel ranks: each rank needs at least one. Use more text, "
             f"a smaller data.sequence_length, or a larger parallel.tensor or parallel.pipeline."
+        )
+
+
+def check_equal_shares(num_samples: int, global_batch_size: int, data_size: int) -> None:
+    """Refuse a run in which data-parallel ranks would have different numbers of samples in some step.
+
+    Needed where they exchange tokens in every forward pass, as experts that are spread over them do: a rank with one
+    micro-batch more would wait for the others forever.
+
+    Raises:
+        DataError: steps, or the samples of the last one, do not split evenly.
+    """
+    if global_batch_size % data_size or num_samples % data_size:
+        below = num_samples // data_size * data_size
+        raise DataError(
+            f"{num_samples} samples in steps of {global_batch_size} do not split evenly over {data_size} data-parallel "
+            f"ranks, which parallel.expert needs: choose a run.global_batch_size that is a multiple of {data_size}, "
+            f"and data.num_samples={below or data_size}."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,8 @@ from megascore.scoring.run import ScoringRun
 from megascore.scoring.sites import Site
 
 __all__ = ["SiteLine", "list_sites", "render_sites"]
+
+TABLE_WIDTH = 140
 
 
 @dataclass(frozen=True, order=True)
@@ -45,15 +48,14 @@ def render_sites(run: ScoringRun, console: Console) -> None:
     if world_rank() != 0:
         return
     layout = ", ".join(f"{name}={value}" for name, value in run.view.layout.items())
-    table = Table(title=f"{len({line.key for line in lines})} sites; layout {layout}", title_justify="left")
-    for heading in ("site / target / method", "channels", "per rank", "roles", "ranks", "state"):
-        table.add_column(
-            heading, overflow="fold", justify="left" if "site" in heading or heading == "roles" else "right"
-        )
+    table = Table(title=f"{len({line.key for line in lines})} sites; layout {layout}", title_justify="left", box=SIMPLE)
+    for heading in ("site / target / method", "channels here", "roles", "ranks", "state here"):
+        table.add_column(heading, no_wrap=True, justify="right" if "here" in heading else "left")
     for line, ranks in lines.items():
-        state = f"{line.state_bytes / 1024:.1f} KiB"
-        table.add_row(line.key, str(line.num_channels), str(line.num_local_channels), line.roles, _spans(ranks), state)
-    console.print(table)
+        channels = f"{line.num_local_channels} of {line.num_channels}"
+        table.add_row(line.key, channels, line.roles, _spans(ranks), f"{line.state_bytes / 1024:.1f} KiB")
+    # Names are worth more than the width of the window.
+    Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table)
     console.print("Roles: shard = channels split; sum = samples split; sum* = sequences split; same = replicated;")
     console.print("own = other layers live there. A dry run reads no weights and writes no file.")
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megascore.errors import LayoutError
 from megascore.hooks import ForwardHook
 from megascore.parallel.axes import Placement
+from megascore.scoring.recipes import ScoreRequest
 
 __all__ = ["KIND_OF_TARGET", "ModelView", "Place", "PlaceKind", "Reader", "check_covers_world", "first_tensor"]
 
@@ -29,6 +29,10 @@ class PlaceKind(Enum):
 
     FFN_PROJECTION = "FFN output projection"
     ATTENTION_PROJECTION = "attention output projection"
+    KV_HEADS = "attention output projection, by KV head"
+    SHARED_EXPERT_PROJECTION = "shared expert output projection"
+    ROUTED_EXPERTS = "routed experts of a layer"
+    ROUTED_EXPERT_PROJECTION = "routed expert output projection"
     NORM = "norm"
     LAYER = "layer"
 
@@ -36,6 +40,10 @@ class PlaceKind(Enum):
 KIND_OF_TARGET = {
     "ffn": PlaceKind.FFN_PROJECTION,
     "attention_heads": PlaceKind.ATTENTION_PROJECTION,
+    "kv_heads": PlaceKind.KV_HEADS,
+    "experts": PlaceKind.ROUTED_EXPERTS,
+    "expert_ffn": PlaceKind.ROUTED_EXPERT_PROJECTION,
+    "shared_expert_ffn": PlaceKind.SHARED_EXPERT_PROJECTION,
     "hidden_size": PlaceKind.NORM,
     "layers": PlaceKind.LAYER,
 }
@@ -54,8 +62,6 @@ class Place:
     """Name in this rank's own module tree."""
     placement: Placement
     read: Reader
-    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
-    """Process groups of the axes that split the sequence here, by axis name."""
 
     @property
     def device(self) -> torch.device:
@@ -85,8 +91,8 @@ class ModelView(Protocol):
     def layout(self) -> Mapping[str, Any]:
         """Degrees of the parallel axes, named as in the config, and "data"."""
 
-    def make_hook(self, method: str, place: Place) -> ForwardHook:
-        """Return a fresh hook that computes ``method`` at ``place``."""
+    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
+        """Return a fresh hook for one score at ``place``."""
 
 
 def check_covers_world(place: Place, world_size: int) -> None:

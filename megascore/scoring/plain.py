@@ -5,21 +5,36 @@ The names in the score file are those of Megatron-Core, so that a file doesn't t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megascore.errors import ModelError
-from megascore.hooks import BlockSimilarityHook, ForwardHook, L2NormHook
+from megascore.hooks import (
+    BlockSimilarityHook,
+    ForwardHook,
+    IndependentChannelContributionHook,
+    IndependentKvHeadContributionHook,
+    L2NormHook,
+    LayerNormContributionHook,
+)
 from megascore.parallel.axes import Axis, Placement, Role
 from megascore.parallel.comm import world_rank, world_size
+from megascore.parallel.placed_iterative import PlacedIterativeHook
 from megascore.scoring.places import Place, PlaceKind, first_tensor
+from megascore.scoring.recipes import ScoreRequest
 
 __all__ = ["PlainModelView"]
 
-HOOKS: dict[str, type[ForwardHook]] = {"l2_norm": L2NormHook, "block_similarity": BlockSimilarityHook}
+HOOKS: dict[str, Callable[[nn.Module], ForwardHook]] = {
+    "l2_norm": lambda module: L2NormHook(),
+    "block_similarity": lambda module: BlockSimilarityHook(),
+    "independent_contribution": IndependentChannelContributionHook,
+    "layer_norm_contribution": LayerNormContributionHook,
+}
 
 GLOBAL_NAMES = {
     "mlp.down_proj": (PlaceKind.FFN_PROJECTION, "mlp.linear_fc2"),
@@ -68,9 +83,13 @@ class PlainModelView:
         """All scorable modules of the decoder."""
         return tuple(self._find_places())
 
-    def make_hook(self, method: str, place: Place) -> ForwardHook:
-        """Return a fresh hook that computes ``method`` at ``place``."""
-        return HOOKS[method]()
+    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
+        """Return a fresh hook for one score at ``place``."""
+        if place.kind is PlaceKind.KV_HEADS:
+            return IndependentKvHeadContributionHook.for_heads(place.module, place.placement.shard.total)
+        if request.method == "iterative_contribution":
+            return _iterative_hook(request, place)
+        return HOOKS[request.method](place.module)
 
     def _find_places(self) -> Iterator[Place]:
         for number, layer in enumerate(self._layers):
@@ -82,6 +101,12 @@ class PlainModelView:
                     yield self._linear_or_norm(
                         kind, f"{name}.{global_name}", modules[module_name], f"{path}.{module_name}"
                     )
+            if (projection := modules.get("self_attn.o_proj")) is not None:
+                local_name = f"{path}.self_attn.o_proj"
+                num_kv_heads = int(self.facts["num_kv_heads"])
+                yield self._place(
+                    PlaceKind.KV_HEADS, f"{name}.self_attention.linear_proj", projection, local_name, num_kv_heads
+                )
         norm = getattr(self._decoder, "norm", None)
         if isinstance(norm, nn.Module):
             yield self._linear_or_norm(PlaceKind.NORM, "decoder.final_layernorm", norm, f"{self._prefix}norm")
@@ -96,6 +121,14 @@ class PlainModelView:
         placement = Placement.whole(num_channels, ((replicas, Role.SUM),))
         read = _read_norm if kind is PlaceKind.NORM else _read
         return Place(kind, name, module, local_name, placement, read)
+
+
+def _iterative_hook(request: ScoreRequest, place: Place) -> ForwardHook:
+    """Return a hook for which a step is an iteration, on which all replicas agree."""
+    hook = PlacedIterativeHook(place.module, request.iterative_settings())
+    group = dist.group.WORLD if world_size() > 1 else None
+    hook.put(place.placement, {} if group is None else {"dp": group}, place.device)
+    return hook
 
 
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,22 @@ from typing import Any
 
 from megascore.errors import ConfigError
 
-__all__ = ["METHODS_OF_TARGET", "RECIPES", "ScoreRequest", "resolve_scores"]
+__all__ = ["METHODS_OF_TARGET", "RECIPES", "ScoreRequest", "check_iterations", "resolve_scores"]
 
 METHODS_OF_TARGET: dict[str, tuple[str, ...]] = {
-    "ffn": ("l2_norm",),
+    "ffn": ("l2_norm", "independent_contribution", "iterative_contribution"),
     "attention_heads": ("l2_norm",),
-    "hidden_size": ("l2_norm",),
+    "kv_heads": ("independent_contribution",),
+    "hidden_size": ("l2_norm", "layer_norm_contribution"),
     "layers": ("block_similarity",),
+    "experts": ("router_weighted_norm",),
+    "expert_ffn": ("l2_norm",),
+    "shared_expert_ffn": ("l2_norm", "independent_contribution", "iterative_contribution"),
 }
 """Every target, with the methods that can rank it; the first is the default."""
+
+OPTIONS_OF_METHOD: dict[str, tuple[str, ...]] = {"iterative_contribution": ("iterations", "calibration_method")}
+"""Further keys of an entry of ``scores``, by method."""
 
 
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:
@@ -34,6 +41,8 @@ class ScoreRequest:
 
     target: str
     method: str
+    options: tuple[tuple[str, Any], ...] = ()
+    """Name and value of the options of the method."""
 
     def __post_init__(self) -> None:
         """Refuse an unknown target, or a method that cannot rank this target.
@@ -43,6 +52,27 @@ class ScoreRequest:
         """
         _check_known("target", self.target, METHODS_OF_TARGET)
         _check_known(f"method of target '{self.target}'", self.method, METHODS_OF_TARGET[self.target])
+        for name, _ in self.options:
+            _check_known(f"option of method '{self.method}'", name, OPTIONS_OF_METHOD.get(self.method, ()))
+        if self.method == "iterative_contribution":
+            self.iterative_settings()
+
+    def iterative_settings(self) -> dict[str, Any]:
+        """Return the options of `IterativeChannelContributionHook` as it takes them.
+
+        Raises:
+            ConfigError: the number of iterations is missing or no positive number, or the calibration is unknown.
+        """
+        options = dict(self.options)
+        iterations, calibration = options.get("iterations"), options.get("calibration_method")
+        if not isinstance(iterations, int) or iterations < 1:
+            raise ConfigError(
+                f"method 'iterative_contribution' has iterations={iterations!r}: expected the number of pruning "
+                "iterations, which is the number of steps of the run."
+            )
+        if calibration not in (None, "scale_by_magnitude"):
+            raise ConfigError(f"calibration_method is {calibration!r}: expected null or 'scale_by_magnitude'.")
+        return {"validation_full_iters": iterations, "calibration_method": calibration}
 
 
 RECIPES: dict[str, tuple[ScoreRequest, ...]] = {
@@ -70,10 +100,28 @@ def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> 
         raise ConfigError(
             f"scores is empty: name a recipe ({', '.join(RECIPES)}) or list entries such as {{target: ffn}}."
         )
-    repeated = {f"{r.target}/{r.method}" for r in requests if requests.count(r) > 1}
+    names = [f"{request.target}/{request.method}" for request in requests]
+    repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise ConfigError(f"scores lists {', '.join(sorted(repeated))} more than once: keep one entry of each.")
     return requests
+
+
+def check_iterations(requests: Iterable[ScoreRequest], num_steps: int) -> None:
+    """Refuse an iterative score whose number of iterations is not the number of steps, before the run.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    for request in requests:
+        if request.method == "iterative_contribution":
+            iterations = request.iterative_settings()["validation_full_iters"]
+            if iterations != num_steps:
+                raise ConfigError(
+                    f"score {request.target}/{request.method} has iterations={iterations}, but the run has {num_steps} "
+                    f"steps, and each step is one iteration: set iterations={num_steps}, or change run.steps, "
+                    "run.global_batch_size or data.num_samples."
+                )
 
 
 def _resolve_entry(entry: Mapping[str, Any] | ScoreRequest, position: int) -> ScoreRequest:
@@ -83,8 +131,11 @@ def _resolve_entry(entry: Mapping[str, Any] | ScoreRequest, position: int) -> Sc
         raise ConfigError(
             f"scores[{position}] is {entry!r}: expected a mapping with 'target' and, if wanted, 'method'."
         )
-    for key in entry:
-        _check_known(f"key in scores[{position}]", str(key), ("target", "method"))
     target = str(entry["target"])
     _check_known("target", target, METHODS_OF_TARGET)
-    return ScoreRequest(target, str(entry.get("method") or METHODS_OF_TARGET[target][0]))
+    method = str(entry.get("method") or METHODS_OF_TARGET[target][0])
+    for key in entry:
+        known = ("target", "method", *OPTIONS_OF_METHOD.get(method, ()))
+        _check_known(f"key in scores[{position}]", str(key), known)
+    options = {str(name): value for name, value in entry.items() if name not in ("target", "method")}
+    return ScoreRequest(target, method, tuple(sorted(options.items())))

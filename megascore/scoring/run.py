@@ -10,8 +10,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from megascore.errors import HookStateError
-from megascore.parallel.comm import sum_in_place
+from megascore.hooks.statistics import State
+from megascore.parallel.comm import agree, sum_in_place
 from megascore.parallel.merge import Part, merge_over_world
+from megascore.parallel.placed_hook import PlacedHook
 from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.places import ModelView
 from megascore.scoring.recipes import ScoreRequest
@@ -45,7 +47,7 @@ class ScoringRun:
         """
         self.view = view
         self.requests = tuple(requests)
-        self.sites = build_sites(view, requests)
+        self.sites = agree("looking for the modules to score", lambda: build_sites(view, requests))
         self.num_steps = 0
         self._metadata = dict(metadata or {})
         self._plan = plan_of_states(self.sites, self.requests)
@@ -95,22 +97,29 @@ class ScoringRun:
             metadata: Further entries for the score file, known only now, such as the loss.
 
         Raises:
-            HookStateError: no tokens have been seen.
+            HookStateError: no tokens have been seen, or iterations of an iterative score are missing.
+            RankFailure: another rank could not compute its scores.
         """
         self._settle()
         device = self._device()
         merged = merge_over_world(self._plan, {site.key: site.part() for site in self.sites}, device)
-        if not any(int(state["num_tokens"]) for state in merged.values()):
-            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
-        own = {}
-        for site in self.sites:
-            if int(merged[site.key]["num_tokens"]):
-                state = {SCORE: site.score(merged[site.key])}
-                own[site.key] = Part(site.place.placement, (site.score_statistic,), state)
-        scores = merge_over_world(self._score_plan, own, device)
         states = {key: {name: value.cpu() for name, value in state.items()} for key, state in merged.items()}
+        if not any(int(state["num_tokens"]) for state in states.values()):
+            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
+        own = agree("computing the scores", lambda: self._own_scores(states, device))
+        scores = merge_over_world(self._score_plan, own, device)
         finished = {key: result[SCORE].cpu() for key, result in scores.items()}
         return assemble_scores(self.requests, states, finished, {**self._all_metadata(), **(metadata or {})})
+
+    def _own_scores(self, states: Mapping[str, State], device: torch.device) -> dict[str, Part]:
+        """Return the finished scores of this rank's sites, as something to merge; none where no token was seen."""
+        return {
+            site.key: Part(
+                site.place.placement, (site.score_statistic,), {SCORE: site.score(states[site.key]).to(device)}
+            )
+            for site in self.sites
+            if int(states[site.key]["num_tokens"])
+        }
 
     def _all_metadata(self) -> dict[str, Any]:
         return {
@@ -121,14 +130,14 @@ class ScoringRun:
         }
 
     def _settle(self) -> None:
-        deferring = [site for site in self.sites if site.hook.defers]
-        pending = [(site, site.hook.pending()) for site in deferring]
-        names = sorted({name for site in deferring for name in site.place.groups})
-        for name in names:
-            sharing = [(site, tensors) for site, tensors in pending if name in site.place.groups]
-            sum_in_place([t for _, tensors in sharing for t in tensors], sharing[0][0].place.groups[name])
-        for site, tensors in pending:
-            site.hook.settle(tensors)
+        hooks = [site.hook for site in self.sites if isinstance(site.hook, PlacedHook) and site.hook.defers]
+        waiting = {hook: hook.pending() for hook in hooks}
+        groups = {name: group for hook in hooks for name, group in hook.settling_groups.items()}
+        # Which hooks share a group follows from the layout alone, so it is the same on all ranks of the group.
+        for name in sorted(groups):
+            sum_in_place([t for hook in hooks if name in hook.settling_groups for t in waiting[hook]], groups[name])
+        for hook, summed in waiting.items():
+            hook.settle(summed)
 
     def _device(self) -> torch.device:
         """Device on which this rank's collectives run; ranks without sites still take part."""

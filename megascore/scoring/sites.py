@@ -68,9 +68,8 @@ def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site
             if place.kind is not KIND_OF_TARGET[request.target]:
                 continue
             check_covers_world(place, world_size())
-            hook = view.make_hook(request.method, place)
+            hook = view.make_hook(request, place)
             hook.allocate(place.placement.shard.length, place.device)
-            hook.defers = bool(place.groups) and place.placement.splits_samples
             sites.append(Site(place, request, hook, _unit_size(view, request, place)))
     return tuple(sites)
 

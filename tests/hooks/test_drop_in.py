@@ -1,4 +1,4 @@
-"""Scripts written for the published classes run with another import line. Expected numbers are the published tests' own."""
+"""Scripts written for the published classes run with another import line. Some numbers are the published tests' own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving and loading: copies, complete, at any call, and refused with every reason where it is not this hook's state."""
+"""Saving and loading: copies, complete, at any call, and refused with every reason where it is another's."""
 
 from __future__ import annotations
 

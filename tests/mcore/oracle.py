@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Recorder", "expected_scores"]
+__all__ = ["ITERATIVE", "Recorder", "all_scores", "expected_contributions", "expected_scores"]
+
+ITERATIVE = "iterative_contribution"
+EPSILON = 1e-8
 
 LINEARS = {"mlp.linear_fc2": "ffn", "self_attention.linear_proj": "attention_heads"}
 NORMS = ("input_layernorm", "pre_mlp_layernorm")
@@ -24,6 +27,11 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.inputs: dict[str, list[Tensor]] = defaultdict(list)
         self.outputs: dict[str, list[Tensor]] = defaultdict(list)
+        self.weights = {
+            name: module.weight.detach().double()
+            for name, module in model.named_modules()
+            if name.endswith(("linear_fc2", "linear_proj"))
+        }
         for name, module in model.named_modules():
             if re.fullmatch(
                 r"decoder\.layers\.\d+(\..*(linear_fc2|linear_proj|layernorm))?|decoder\.final_layernorm", name
@@ -74,3 +82,69 @@ def _mean_cosine(before: list[Tensor], after: list[Tensor]) -> Tensor:
     for x, y in zip(before, after, strict=True):
         cosines.append(((x * y).sum(-1) / ((x**2).sum(-1).sqrt() * (y**2).sum(-1).sqrt())).flatten())
     return torch.cat(cosines).mean()
+
+
+def all_scores(num_steps: int) -> list[dict[str, Any]]:
+    """Every target and method of dense models; one iteration for each step."""
+    return [
+        {"target": "ffn"},
+        {"target": "ffn", "method": "independent_contribution"},
+        {"target": "ffn", "method": ITERATIVE, "iterations": num_steps, "calibration_method": "scale_by_magnitude"},
+        {"target": "attention_heads"},
+        {"target": "kv_heads"},
+        {"target": "hidden_size"},
+        {"target": "hidden_size", "method": "layer_norm_contribution"},
+        {"target": "layers"},
+    ]
+
+
+def expected_contributions(
+    recorder: Recorder, num_layers: int, num_kv_heads: int, samples_of_step: list[list[int]]
+) -> dict[str, Tensor]:
+    """Scores of the other methods; call number i of the recorder was sample i alone."""
+    scores: dict[str, Tensor] = {}
+    by_norm = {}
+    for number in range(num_layers):
+        layer = f"decoder.layers.{number}"
+        fc2, proj = f"{layer}.mlp.linear_fc2", f"{layer}.self_attention.linear_proj"
+        x, weight = _tokens(recorder.inputs[fc2]), recorder.weights[fc2]
+        scores[f"{fc2}/ffn/independent_contribution"] = weight.norm(dim=0) * x.abs().mean(0)
+        steps = [
+            (_tokens([recorder.inputs[fc2][i] for i in step]), _tokens([recorder.outputs[fc2][i] for i in step]))
+            for step in samples_of_step
+        ]
+        scores[f"{fc2}/ffn/{ITERATIVE}"] = _iterative_ranks(steps, weight)
+        x, weight = _tokens(recorder.inputs[proj]), recorder.weights[proj]
+        width = x.shape[1] // num_kv_heads
+        heads = zip(x.split(width, dim=1), weight.split(width, dim=1), strict=True)
+        scores[f"{proj}/kv_heads/independent_contribution"] = torch.stack(
+            [(x_g @ w_g.T).norm(dim=1).mean() for x_g, w_g in heads]
+        )
+        by_norm.update({f"{layer}.{norm}": recorder.outputs[f"{layer}.{norm}"] for norm in NORMS})
+    by_norm["decoder.final_layernorm"] = recorder.outputs["decoder.final_layernorm"]
+    means = {f"{name}/hidden_size/layer_norm_contribution": _tokens(out).abs().mean(0) for name, out in by_norm.items()}
+    return {**scores, **means, "decoder/hidden_size/layer_norm_contribution": torch.stack(list(means.values())).sum(0)}
+
+
+def _tokens(calls: list[Tensor]) -> Tensor:
+    return torch.cat([activation.flatten(0, -2) for activation in calls])
+
+
+def _iterative_ranks(steps: list[tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
+    """Position at which each channel is pruned, calibrated by magnitude, channel by channel; as many in each step."""
+    num_channels = weight.shape[1]
+    pruned: list[int] = []
+    for number, (x, y) in enumerate(steps):
+        residual = x[:, pruned] @ weight[:, pruned].T
+        scale = (y - residual).norm(dim=1) / (y.norm(dim=1) + EPSILON)
+        error = scale[:, None] * y - (y - residual)
+        contribution = {}
+        for channel in set(range(num_channels)) - set(pruned):
+            changed = error + x[:, channel, None] * weight[:, channel]
+            contribution[channel] = float(((changed**2).sum(1) + EPSILON).sqrt().mean())
+        until = num_channels * (number + 1) // len(steps)
+        order = sorted(contribution, key=lambda channel: (contribution[channel], channel))
+        pruned += order[: until - len(pruned)]
+    ranks = torch.empty(num_channels, dtype=torch.float64)
+    ranks[pruned] = torch.arange(num_channels, dtype=torch.float64)
+    return ranks

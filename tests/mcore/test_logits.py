@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -178,8 +178,9 @@ def bad_models(directories: dict[str, Path]) -> None:
     with parallel_world(ParallelConfig(), CPU, TIMEOUT):
         with pytest.raises(ModelError, match=r"sequence_length=129 is more than the model's 128 positions"):
             build_model(config, ParallelConfig(), torch.float32, CPU, 129)
-        with pytest.raises(LayoutError, match=r"parallel\.context=2 needs Transformer Engine on CUDA"):
-            build_model(config, ParallelConfig(context=2), torch.float32, CPU, 16)
+        sliding = replace(config, sliding_window=8)
+        with pytest.raises(LayoutError, match=r"parallel\.context=2 with sequences of 16, longer than .* window of 8"):
+            build_model(sliding, ParallelConfig(context=2), torch.float32, CPU, 16)
         with pytest.raises(LayoutError, match=r"parallel\.tensor=4 does not divide the model's 2 KV heads"):
             build_model(config, ParallelConfig(tensor=4), torch.float32, CPU, 16)
         with pytest.raises(ConfigError, match=r"model\.hf is not given"):

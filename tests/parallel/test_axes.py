@@ -9,7 +9,7 @@ import torch
 
 from megascore.errors import LayoutError
 from megascore.hooks.statistics import Merge, Statistic
-from megascore.parallel.axes import Axis, Placement, Role, Shard, describe
+from megascore.parallel.axes import Axis, Placement, Role, Shard, describe, in_own_dtype
 
 NUM_CHANNELS = 12
 STATISTICS = {
@@ -126,3 +126,26 @@ def test_roles_are_described_in_one_line() -> None:
     roles = ((Axis("tp", 0, 2), Role.SHARD), (Axis("cp", 0, 1), Role.SUM_SEQUENCE), (Axis("dp", 0, 2), Role.SUM))
     assert describe(Placement(Shard(0, 1, 2), roles)) == "tp=shard dp=sum"
     assert describe(Placement.whole(3)) == "-"
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS)
+def test_what_ranks_load_where_each_token_comes_several_times_merges_to_it_again(
+    statistic: Statistic, copies: int
+) -> None:
+    world = [Placement(p.shard, p.roles, copies) for p in placements(ROLES["row-parallel input"])]
+    saved = torch.arange(1, torch.Size(statistic.shape).numel() + 1).view(statistic.shape).to(statistic.dtype)
+    local = [placement.local_part(statistic, saved) for placement in world]
+    result = in_own_dtype(statistic, merged(world, statistic, local))
+    torch.testing.assert_close(result, saved, rtol=1e-15, atol=0)
+
+
+def test_a_token_that_comes_several_times_counts_once() -> None:
+    # Tensor-parallel ranks without sequence parallelism hold the same 6 tokens, and all send them to the experts.
+    world = [Placement.whole(2, ((Axis("edp", rank, 3), Role.SUM),), copies=3) for rank in range(3)]
+    tokens, calls = STATISTICS["token count"], STATISTICS["call count"]
+    sums = Statistic("s", (2,), channel_dim=0)
+    assert in_own_dtype(tokens, merged(world, tokens, [torch.tensor(6)] * 3)) == 6
+    assert merged(world, sums, [torch.tensor([1.0, 2.0])] * 3).tolist() == [1, 2]
+    # Calls are counted to tell whether there was one: a third of a call must not become none.
+    assert merged(world, calls, [torch.tensor(1), torch.tensor(0), torch.tensor(0)]) == 1

@@ -11,7 +11,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megascore.errors import DataError, ModelError
-from megascore.scoring.data import check_enough_samples, load_samples, micro_batches_of_step, num_steps
+from megascore.scoring.data import (
+    check_enough_samples,
+    check_equal_shares,
+    load_samples,
+    micro_batches_of_step,
+    num_steps,
+)
 
 WORDS = [f"w{number}" for number in range(50)]
 
@@ -176,3 +182,13 @@ def test_fewer_samples_than_data_parallel_ranks_is_refused() -> None:
     check_enough_samples(4, 4)
     with pytest.raises(DataError, match="3 samples for 4 data-parallel ranks"):
         check_enough_samples(3, 4)
+
+
+def test_unequal_shares_are_refused_and_equal_ones_are_equal_in_every_step() -> None:
+    for num_samples, batch in ((7, 4), (8, 5), (1, 4)):
+        with pytest.raises(DataError, match=f"{num_samples} samples in steps of {batch} do not split evenly over 2"):
+            check_equal_shares(num_samples, batch, 2)
+    check_equal_shares(10, 4, 2)
+    for step in range(num_steps(10, 4)):
+        first, second = (micro_batches_of_step(step, 10, 4, 1, rank, 2) for rank in range(2))
+        assert len(first) == len(second)

@@ -1,0 +1,79 @@
+"""What the scores of experts must be: formulas on the weights, and on the raw activations of the unsharded model.
+
+The experts are computed again here from their weights: no hook of the package, and none of Megatron's expert classes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Expected", "record"]
+
+
+@dataclass
+class Expected:
+    """Sums over all calls of a model, by the keys of the score file."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=lambda: defaultdict(lambda: torch.tensor(0)))
+
+    def add(self, key: str, value: Tensor) -> None:
+        self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value
+
+    def scores(self) -> dict[str, Tensor]:
+        """Return the scores; those without a token are not meaningful."""
+        results = {}
+        for key, value in self.sums.items():
+            if key in self.tokens:
+                results[key] = value / self.tokens[key].clamp(min=1)
+            else:
+                results[key] = value.sqrt()
+        return results
+
+
+def record(model: Any) -> Expected:
+    """Register on an unsharded model with sequential experts, and return what is filled while it runs."""
+    expected = Expected()
+    for number, layer in enumerate(model.decoder.layers):
+        if hasattr(layer.mlp, "experts"):
+            name = f"decoder.layers.{number}.mlp"
+            layer.mlp.router.register_forward_hook(_routed(expected, name, layer.mlp.experts))
+            layer.mlp.shared_experts.linear_fc2.register_forward_hook(_shared(expected, name))
+    return expected
+
+
+def _routed(expected: Expected, name: str, experts: Any) -> Any:
+    def hook(_router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        tokens = args[0].flatten(0, -2)
+        probabilities, routing_map = output
+        norms = []
+        for number, expert in enumerate(experts.local_experts):
+            chosen = routing_map[:, number]
+            gate, up = (tokens[chosen] @ expert.linear_fc1.weight.T).chunk(2, dim=-1)
+            weight = probabilities[chosen, number].unsqueeze(-1)
+            intermediate = nn.functional.silu(gate) * up
+            norms.append((weight * (intermediate @ expert.linear_fc2.weight.T)).pow(2).sum(-1).sqrt().sum())
+            expected.add(
+                f"{name}.experts.{number}.linear_fc2/expert_ffn/l2_norm", (weight * intermediate).pow(2).sum(0)
+            )
+        key = f"{name}.experts/experts/router_weighted_norm"
+        expected.add(key, torch.stack(norms))
+        expected.tokens[key] = expected.tokens[key] + routing_map.sum(0)
+
+    return hook
+
+
+def _shared(expected: Expected, name: str) -> Any:
+    def hook(linear: Any, args: tuple[Tensor, ...], output: Any) -> None:
+        site = f"{name}.shared_experts.linear_fc2/shared_expert_ffn"
+        expected.add(f"{site}/l2_norm", args[0].abs().mean(0).pow(2).sum(0))
+        key = f"{site}/independent_contribution"
+        expected.add(key, args[0].abs().sum((0, 1)) * linear.weight.pow(2).sum(0).sqrt())
+        expected.tokens[key] = expected.tokens[key] + args[0].shape[:2].numel()
+
+    return hook
