@@ -144,6 +144,10 @@ class ForwardHook(ABC):
         """Return what waits for the other ranks; every rank that shares the samples has the same shapes. No copy."""
         return []
 
+    def pending_numbers(self, num_samples: int) -> int:
+        """Return how many numbers would wait after a call of ``num_samples`` samples; 0 where nothing does."""
+        return 0
+
     def settle(self, summed: list[Tensor]) -> None:
         """Add what `pending` returned, summed over the ranks, to the statistics, and let nothing wait any more."""
         assert not summed, f"{type(self).__name__} has nothing pending"

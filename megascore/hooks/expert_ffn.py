@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megascore.errors import HookStateError
 from megascore.hooks import kernels
 from megascore.hooks.base import ForwardHook
+from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
 
 __all__ = ["RoutedL2NormHook"]
@@ -24,7 +24,7 @@ class RoutedL2NormHook(ForwardHook):
         """Return the sum of squares."""
         return (Statistic("sum_of_squares", (num_channels,), channel_dim=0),)
 
-    @torch.no_grad()
+    @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``inputs`` is [T, C], ``token_mask`` [T]. Not collective; no token is no call."""
         if inputs.dim() != 2:

@@ -8,6 +8,7 @@ from torch import Tensor
 from megascore.errors import HookStateError
 from megascore.hooks import kernels
 from megascore.hooks.base import ForwardHook
+from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
 
 __all__ = ["RouterWeightedNormHook"]
@@ -30,7 +31,7 @@ class RouterWeightedNormHook(ForwardHook):
             Statistic("tokens_per_expert", (num_channels,), torch.int64, channel_dim=0),
         )
 
-    @torch.no_grad()
+    @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call of a layer's experts.
 

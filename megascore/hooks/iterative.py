@@ -140,6 +140,10 @@ class IterativeChannelContributionHook(WeightHook):
             self._sums = [zeros, zeros.new_zeros(())]
         return self._sums
 
+    def pending_numbers(self, num_samples: int) -> int:
+        """Return the size of what waits at the end of an iteration, whatever the number of samples."""
+        return self._total_channels() + 1 if self.defers else 0
+
     def settle(self, summed: list[Tensor]) -> None:
         """End the iteration, given what all ranks measured; without a token it is no iteration. Reads the count."""
         if int(summed[1]):

@@ -66,6 +66,10 @@ class L2NormHook(ForwardHook):
         """Return, for each call that waits, sums over the sequence [B, C] and token counts [B]; all float64."""
         return list(self._pending)
 
+    def pending_numbers(self, num_samples: int) -> int:
+        """Return the size of what waits for the sums of ``num_samples`` samples."""
+        return num_samples * ((self.num_channels or 0) + 1) if self.defers else 0
+
     def settle(self, summed: list[Tensor]) -> None:
         """Add the calls that waited, their parts summed over the ranks that share the sequences."""
         for sums, counts in zip(summed[::2], summed[1::2], strict=True):

@@ -11,6 +11,9 @@ from megascore.hooks.statistics import Merge, State, Statistic
 
 __all__ = ["WeightHook", "output_bias", "weight_matrix"]
 
+RETURNS_BIAS_BESIDE = ("skip_bias_add", "te_return_bias")
+"""Attributes of layers (of Megatron-Core, of Transformer Engine in it) whose bias is not in their output."""
+
 WEIGHT_TOLERANCE = 1e-5
 """Relative difference up to which norms are those of the same weights; rounding of another device makes less."""
 
@@ -79,6 +82,7 @@ def weight_matrix(layer: nn.Module, hook_name: str, *, may_be_shard: bool = Fals
 def output_bias(layer: nn.Module) -> Tensor | None:
     """Return the bias that a linear layer's output contains; None if there is none, or the layer returns it beside."""
     bias = getattr(layer, "bias", None)
-    if not isinstance(bias, Tensor) or bias.numel() == 0 or getattr(layer, "skip_bias_add", False):
+    returned_beside = any(getattr(layer, name, False) for name in RETURNS_BIAS_BESIDE)
+    if not isinstance(bias, Tensor) or bias.numel() == 0 or returned_beside:
         return None
     return bias.detach()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -61,7 +63,7 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
     """
     timeout = timedelta(minutes=config.run.timeout_minutes)
     device = local_device(config.run.device)
-    with parallel_world(config.parallel, device, timeout):
+    with _quiet_megatron(), parallel_world(config.parallel, device, timeout):
         model_config = agree("checking the job", lambda: _check(config))
         inputs = _read_inputs(config, model_config.vocab_size)
         chunks = agree("loading the model", lambda: _load_model(config, model_config, device))
@@ -80,6 +82,15 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
             console.print(render_scores(scores))
             console.print(f"Scores written to {config.run.output}")
         return scores
+
+
+@contextmanager
+def _quiet_megatron() -> Iterator[None]:
+    """Leave out what Megatron warns of on every rank and no user of a job can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning)
+        yield
 
 
 def _check(config: JobConfig) -> HuggingFaceModelConfig:

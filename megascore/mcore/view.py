@@ -66,6 +66,22 @@ class MegatronModelView:
         }
 
     @property
+    def unknown(self) -> Sequence[str]:
+        """Layers, attentions and MLPs on this rank that are not Megatron-Core's own."""
+        found = []
+        for _, _, block in self._blocks:
+            for position, layer in enumerate(block.layers):
+                name = f"decoder.layers.{getattr(layer, 'layer_number', position + 1) - 1}"
+                if not isinstance(layer, TransformerLayer):
+                    found.append(f"{name}: {type(layer).__name__}")
+                    continue
+                if not hasattr(layer.self_attention, "linear_proj"):
+                    found.append(f"{name}.self_attention: {type(layer.self_attention).__name__}")
+                if not isinstance(layer.mlp, (MLP, MoELayer)):
+                    found.append(f"{name}.mlp: {type(layer.mlp).__name__}")
+        return found
+
+    @property
     def layout(self) -> Mapping[str, Any]:
         """Degrees of the parallel axes; those of experts where there are some."""
         names = {"tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp"}

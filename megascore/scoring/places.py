@@ -88,6 +88,10 @@ class ModelView(Protocol):
         """
 
     @property
+    def unknown(self) -> Sequence[str]:
+        """Global names of modules on this rank that have channels, heads or experts, but of a kind that isn't known."""
+
+    @property
     def layout(self) -> Mapping[str, Any]:
         """Degrees of the parallel axes, named as in the config, and "data"."""
 

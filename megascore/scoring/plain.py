@@ -74,6 +74,16 @@ class PlainModelView:
         }
 
     @property
+    def unknown(self) -> Sequence[str]:
+        """Layers without one of the modules that are looked for."""
+        return [
+            f"decoder.layers.{number}: no {module_name}"
+            for number, layer in enumerate(self._layers)
+            for module_name in GLOBAL_NAMES
+            if not any(name == module_name for name, _ in layer.named_modules())
+        ]
+
+    @property
     def layout(self) -> Mapping[str, Any]:
         """Every process is a replica."""
         return {"data": world_size()}

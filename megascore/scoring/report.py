@@ -24,6 +24,10 @@ __all__ = ["format_layout", "format_percent", "new_table", "render_scores", "tit
 _TARGET_TITLES = {
     "ffn": "FFN channels",
     "attention_heads": "attention heads",
+    "kv_heads": "KV heads",
+    "experts": "routed experts",
+    "expert_ffn": "FFN channels of each routed expert",
+    "shared_expert_ffn": "FFN channels of shared experts",
     "hidden_size": "hidden features",
     "layers": "layers",
 }
