@@ -25,11 +25,10 @@ def test_a_room_outside_mcore_imports_no_model_library(room: str) -> None:
 @pytest.mark.parametrize(
     ("room", "allowed"),
     [
-        ("hooks", {"hooks", "errors"}),
-        ("parallel", {"parallel", "hooks", "errors"}),
-        ("capture", {"capture", "hooks", "errors"}),
-        ("scoring", {"scoring", "parallel", "capture", "hooks", "errors"}),
-        ("mcore", {"mcore", "scoring", "parallel", "capture", "hooks", "errors"}),
+        ("hooks", {"hooks", "errors", "files"}),
+        ("parallel", {"parallel", "hooks", "errors", "files"}),
+        ("scoring", {"scoring", "parallel", "capture", "hooks", "errors", "files"}),
+        ("mcore", {"mcore", "scoring", "parallel", "capture", "hooks", "errors", "files"}),
     ],
 )
 def test_imports_run_one_way(room: str, allowed: set[str]) -> None:

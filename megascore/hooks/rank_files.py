@@ -5,18 +5,19 @@ Every file appears whole or not at all.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megascore.files import write_whole
 
 if TYPE_CHECKING:
     from megascore.hooks.base import ForwardHook
@@ -27,7 +28,7 @@ __all__ = ["dump_channel_importance", "dump_results", "save_hook_states"]
 def save_hook_states(hooks: Mapping[str, ForwardHook], folder: Path) -> None:
     """Write ``hook_states_rank_{rank}.pth``: each hook's `state_dict` by name. Not collective by itself."""
     states = {name: hook.state_dict() for name, hook in hooks.items()}
-    _write(folder / f"hook_states_rank_{_rank()}.pth", lambda file: torch.save(states, file))
+    _write_tensors(folder / f"hook_states_rank_{_rank()}.pth", states)
 
 
 def dump_results(hooks: Mapping[str, ForwardHook], folder: Path, args: Any) -> None:
@@ -36,7 +37,7 @@ def dump_results(hooks: Mapping[str, ForwardHook], folder: Path, args: Any) -> N
     Collective over the world where torch.distributed is initialised.
     """
     results = {name: hook.to_dict() for name, hook in hooks.items()}
-    _write(folder / f"rank_{_rank()}.pth", lambda file: torch.save(results, file))
+    _write_tensors(folder / f"rank_{_rank()}.pth", results)
     if _rank() == 0:
         _write_json(folder / "args.json", _plain(args))
     _barrier()
@@ -104,22 +105,13 @@ def _plain(args: Any) -> Any:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    _write(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+    write_whole(path, json.dumps(content, indent=2).encode())
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under a temporary name, and rename it when it is safe on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _write_tensors(path: Path, content: Any) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def _is_distributed() -> bool:

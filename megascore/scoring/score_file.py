@@ -22,7 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from megascore.errors import ScoreFileError
 from megascore.parallel.comm import world_rank
-from megascore.scoring.atomic_file import check_output_path, write_whole
+from megascore.scoring.output_path import check_output_path, write_output
 from megascore.scoring.versions import installed_versions
 
 __all__ = [
@@ -189,7 +189,7 @@ class Scores(Mapping[str, torch.Tensor]):
             ScoreFileError: a file is there and `overwrite` is false, or it can't be written.
         """
         if world_rank() == 0:
-            write_whole(path, self._to_bytes(), overwrite=overwrite)
+            write_output(path, self._to_bytes(), overwrite=overwrite)
 
     def _to_bytes(self) -> bytes:
         content: dict[str, Any] = {"metadata": self._metadata, "unseen": self._unseen}

@@ -1,15 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Where a score file may be written."""
 
 from __future__ import annotations
 
 import os
-import secrets
-from contextlib import suppress
 from pathlib import Path
 
 from megascore.errors import ScoreFileError
+from megascore.files import temporary_name, write_whole
 
-__all__ = ["check_output_path", "write_whole"]
+__all__ = ["check_output_path", "write_output"]
 
 
 def check_output_path(path: str | Path, overwrite: bool) -> None:
@@ -26,7 +25,7 @@ def check_output_path(path: str | Path, overwrite: bool) -> None:
     folder = target.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    probe = _temporary_name(folder / target.name)
+    probe = temporary_name(folder / target.name)
     try:
         with probe.open("xb"):
             pass
@@ -38,32 +37,21 @@ def check_output_path(path: str | Path, overwrite: bool) -> None:
         ) from error
 
 
-def write_whole(path: str | Path, content: bytes, overwrite: bool) -> None:
-    """Write under a temporary name in the same folder, sync, and rename; a failure leaves the old state and no rest.
+def write_output(path: str | Path, content: bytes, overwrite: bool) -> None:
+    """Write a file whole or not at all.
 
     Raises:
         ScoreFileError: a file is there and `overwrite` is false, or the system refuses.
     """
     target = Path(path)
     _refuse_existing(target, overwrite)
-    temporary = _temporary_name(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # Again: somebody may have written it during the run.
-        _refuse_existing(target, overwrite)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
+        # Asked again at the end: somebody may have written it during the run.
+        write_whole(target, content, before_rename=lambda: _refuse_existing(target, overwrite))
     except OSError as error:
         raise ScoreFileError(
             f"can't write {target}: {error.strerror or error}. Free the disk or choose another path."
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
@@ -77,15 +65,3 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise ScoreFileError(
             f"{target} exists already: choose another path, or allow replacing it (run.overwrite=true)."
         )
-
-
-def _temporary_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,52 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["temporary_name", "write_whole"]
+
+
+def write_whole(path: Path, content: bytes, *, before_rename: Callable[[], None] = lambda: None) -> None:
+    """Write under a temporary name in the same folder, sync, rename, and sync the folder.
+
+    A failure, also an interrupt, leaves what was there before and no rest.
+
+    Args:
+        path: File to write; its folder is made if missing, a file that is there is replaced.
+        content: All of it.
+        before_rename: Called when everything is on disk under the other name; an error from it leaves no file.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        before_rename()
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside ``path`` that nobody else uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
