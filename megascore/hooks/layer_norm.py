@@ -14,7 +14,7 @@ from megascore.hooks import kernels, rank_files
 from megascore.hooks.base import ForwardHook
 from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
-from megascore.hooks.weights import WeightHook
+from megascore.hooks.weights import WeightHook, whole_weight
 
 __all__ = ["LayerNormContributionHook"]
 
@@ -35,7 +35,7 @@ class LayerNormContributionHook(WeightHook):
             raise HookStateError(
                 f"{self._score_name()} takes a norm layer with a weight [features]; {layernorm_layer} has {found}."
             )
-        super().__init__(weight.detach().double().abs())
+        super().__init__(whole_weight(weight).detach().double().abs())
 
     def declare(self, num_channels: int) -> tuple[Statistic, ...]:
         """Return the sum of absolute outputs, and the norms of the layer's weights."""

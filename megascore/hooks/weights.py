@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from megascore.errors import HookStateError
 from megascore.hooks.base import ForwardHook
 from megascore.hooks.statistics import Merge, State, Statistic
 
-__all__ = ["WeightHook", "output_bias", "weight_matrix"]
+__all__ = ["WeightHook", "output_bias", "weight_matrix", "whole_weight"]
 
 RETURNS_BIAS_BESIDE = ("skip_bias_add", "te_return_bias")
 """Attributes of layers (of Megatron-Core, of Transformer Engine in it) whose bias is not in their output."""
@@ -76,7 +78,16 @@ def weight_matrix(layer: nn.Module, hook_name: str, *, may_be_shard: bool = Fals
             f"{hook_name}: the layer has {num_columns} inputs but its weight has the shape {list(weight.shape)}. "
             f"If it is tensor-parallel, use Megatron{hook_name} of megascore.mcore."
         )
-    return weight
+    return whole_weight(weight)
+
+
+def whole_weight(weight: Tensor) -> Tensor:
+    """Return a weight that is sharded between forward passes (FSDP, a DTensor) as one tensor, others as they are.
+
+    Collective over the ranks that hold its shards.
+    """
+    full_tensor = getattr(weight, "full_tensor", None)
+    return weight if full_tensor is None else cast(Tensor, full_tensor())
 
 
 def output_bias(layer: nn.Module) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import megascore
 from megascore.errors import ConfigError, HookStateError, ModelError
+from tests.mcore.oracle import all_scores
 from tests.models import SIZES, save_checkpoint
 from tests.pool import WorkerPool
 
@@ -93,20 +94,32 @@ def test_metadata_tells_what_was_seen(model: nn.Module) -> None:
     ]
 
 
-def test_replicas_under_torch_distributed_add_up(world: WorkerPool, folder: Path) -> None:
-    expected = score(load(folder), make_tokens(), 6)
-    for scores in world.run(2, score_as_replica, str(folder)):
-        assert list(scores) == list(expected)
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "FSDP"])
+def test_data_parallel_ranks_add_up(sharded: bool, world: WorkerPool, folder: Path) -> None:
+    expected = world.run(1, score_part, str(folder), False)[0]
+    for scores in world.run(2, score_part, str(folder), sharded):
+        assert scores.keys() == expected.keys()
         for key, value in scores.items():
             torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=0)
 
 
-def score_as_replica(folder: str) -> dict[str, Tensor]:
+def score_part(folder: str, sharded: bool) -> dict[str, Tensor]:
+    """Every method, on this rank's part of the samples."""
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    # 6 samples over 2 ranks, unevenly: the second rank takes the last two.
-    mine = make_tokens()[:4] if dist.get_rank() == 0 else make_tokens()[4:]
-    return dict(score(load(Path(folder)), mine, 4))
+    model = load(Path(folder))
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+    # 6 samples over 2 ranks, unevenly.
+    own = make_tokens() if dist.get_world_size() == 1 else make_tokens().split([4, 2])[dist.get_rank()]
+    with megascore.attach(model, scores=all_scores(1)) as run, torch.no_grad():
+        model(own)
+        run.step()
+    return dict(run.finish())
 
 
 def test_the_model_is_as_before_also_after_an_error(model: nn.Module) -> None:
