@@ -29,10 +29,12 @@ class Variant:
     experts: str = "sequential"
     overlap: bool = False
     """Shared experts run beside the dispatcher, which then does their communication."""
+    dtype: str = "float64"
+    """Of the model; grouped experts are stand-ins in float64 only."""
 
 
 def build_expert_model(parallel: ParallelConfig, variant: Variant = Variant()) -> list[Any]:
-    """Return this rank's chunk, in float64: one dense layer, then layers of routed and shared experts."""
+    """Return this rank's chunk: one dense layer, then layers of routed and shared experts."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -67,8 +69,8 @@ def _config(parallel: ParallelConfig, variant: Variant) -> Any:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=torch.float64,
-        pipeline_dtype=torch.float64,
+        params_dtype=getattr(torch, variant.dtype),
+        pipeline_dtype=getattr(torch, variant.dtype),
         perform_initialization=False,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.mcore.oracle import ITERATIVE, Recorder, all_scores, expected_contributions, expected_scores
+from tests.mcore.order import assert_same_order, spearman
 from tests.models import SIZES, save_checkpoint
 from tests.pool import WorkerPool
 
@@ -77,16 +78,6 @@ def test_scores_equal_the_oracle_on(
                     continue
                 torch.testing.assert_close(score, wanted, rtol=TOLERANCE[dtype], atol=0, msg=message)
                 assert_same_order(score, wanted, TOLERANCE[dtype], message)
-
-
-def assert_same_order(score: Tensor, expected: Tensor, tolerance: float, message: str) -> None:
-    """The order may differ only between scores that the tolerance can't tell apart."""
-    ordered = expected[score.argsort(stable=True)]
-    assert (ordered.diff() >= -2 * tolerance * ordered[1:].abs()).all(), f"order of {message}"
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double())[0, 1])
 
 
 def compute_expected(checkpoint: str, sizes: dict[str, int]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from launch import smollm2
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from megascore.scoring.data import load_samples
 from tests.mcore.oracle import Recorder, expected_scores
-from tests.mcore.test_scores_on_every_layout import assert_same_order
+from tests.mcore.order import assert_same_order
 from tests.models import reference_logits, reference_loss
 from tests.pool import WorkerPool
 
