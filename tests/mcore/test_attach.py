@@ -14,7 +14,7 @@ import megascore
 from megascore.errors import MegascoreError
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.models import SIZES, save_checkpoint
-from tests.pool import WorkerPool
+from tests.pool import RankErrors, WorkerPool
 
 CPU = torch.device("cpu")
 SEQUENCE_LENGTH = 16
@@ -164,3 +164,25 @@ def attach_differently(checkpoint: str) -> tuple[str, str]:
             except MegascoreError as error:
                 texts.append(str(error))
     return texts[0], texts[1]
+
+
+def test_a_rank_that_raises_inside_a_hook_stops_all_ranks(world: WorkerPool, checkpoint: str) -> None:
+    """The other rank waits in the model's own all-reduce, and is let go when the first has left the world."""
+    with pytest.raises(RankErrors, match="rank 1: RuntimeError: inside a hook") as caught:
+        world.run(2, raise_inside_a_hook, checkpoint, timeout=30.0)
+    assert "rank 0: " in str(caught.value)
+    assert "did not answer in time" not in str(caught.value)
+
+
+def raise_inside_a_hook(checkpoint: str) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("inside a hook")
+
+    parallel = ParallelConfig(tensor=2)
+    with parallel_world(parallel):
+        chunks = load(checkpoint, parallel)
+        with megascore.attach(chunks) as run:
+            if dist.get_rank() == 1:
+                run.sites[2].hook.observe = fail  # type: ignore[method-assign]
+            forward(chunks)
+            run.step()
