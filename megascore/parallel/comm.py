@@ -64,7 +64,8 @@ class _Outcome:
 def agree(what: str, function: Callable[[], Result]) -> Result:
     """Run a function on every rank, and fail on all of them if it fails on any.
 
-    Collective over the world; nothing inside ``function`` may be.
+    Collective over the world. Where ``function`` is collective itself, a rank that fails in it before the others may
+    leave them waiting until the timeout: check first what can fail.
 
     Args:
         what: The thing tried, for the error: "reading the checkpoint".

@@ -15,7 +15,7 @@ from megascore.parallel.placed_hook import PlacedHook
 
 __all__ = ["PlacedIterativeHook"]
 
-DECISIONS = {"prune_position": torch.int64, "agg_contribution": torch.float64}
+DECISIONS = ("prune_position", "agg_contribution")
 """What is decided over all channels of the layer, and so is kept for all of them on every rank."""
 
 

@@ -18,7 +18,7 @@ from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.places import ModelView
 from megascore.scoring.recipes import ScoreRequest
 from megascore.scoring.score_file import Scores
-from megascore.scoring.sites import SCORE, Site, build_sites, plan_of_scores, plan_of_states
+from megascore.scoring.sites import SCORE, Site, build_sites, check_places, plan_of_scores, plan_of_states
 
 __all__ = ["ScoringRun"]
 
@@ -47,7 +47,9 @@ class ScoringRun:
         """
         self.view = view
         self.requests = tuple(requests)
-        self.sites = agree("looking for the modules to score", lambda: build_sites(view, requests))
+        # What a rank alone can find wrong is told first, for some hooks gather their weights when they are built.
+        agree("looking for the modules to score", lambda: check_places(view, requests))
+        self.sites = agree("building the hooks", lambda: build_sites(view, requests))
         self.num_steps = 0
         self._metadata = dict(metadata or {})
         self._plan = plan_of_states(self.sites, self.requests)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from megascore.parallel.merge import Part, Plan, agree_on_plan
 from megascore.scoring.places import KIND_OF_TARGET, ModelView, Place, check_covers_world
 from megascore.scoring.recipes import ScoreRequest
 
-__all__ = ["SCORE", "Site", "build_sites", "plan_of_scores", "plan_of_states"]
+__all__ = ["SCORE", "Site", "build_sites", "check_places", "plan_of_scores", "plan_of_states"]
 
 SCORE = "score"
 """Name of the one result of a site that goes into the score file."""
@@ -56,21 +56,28 @@ class Site:
         return channels if self.unit_size == 1 else channels.view(-1, self.unit_size).norm(dim=1)
 
 
-def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site, ...]:
-    """Return this rank's sites, their accumulators allocated: a rank that sees no data contributes zeros.
+def check_places(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
+    """Refuse a layout that can't be scored, before any hook is built. Not collective.
 
     Raises:
         LayoutError: a place leaves out a parallel axis, or its channels do not divide into heads.
     """
+    for request, place in _wanted(view, requests):
+        check_covers_world(place, world_size())
+        _unit_size(view, request, place)
+
+
+def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site, ...]:
+    """Return this rank's sites, their accumulators allocated: a rank that sees no data contributes zeros.
+
+    Collective over the ranks that hold parts of one weight, where a hook needs all of it: KV heads that are spread over
+    tensor-parallel ranks, and weights sharded by FSDP.
+    """
     sites = []
-    for request in requests:
-        for place in view.places:
-            if place.kind is not KIND_OF_TARGET[request.target]:
-                continue
-            check_covers_world(place, world_size())
-            hook = view.make_hook(request, place)
-            hook.allocate(place.placement.shard.length, place.device)
-            sites.append(Site(place, request, hook, _unit_size(view, request, place)))
+    for request, place in _wanted(view, requests):
+        hook = view.make_hook(request, place)
+        hook.allocate(place.placement.shard.length, place.device)
+        sites.append(Site(place, request, hook, _unit_size(view, request, place)))
     return tuple(sites)
 
 
@@ -97,6 +104,13 @@ def plan_of_states(sites: Sequence[Site], requests: Sequence[ScoreRequest]) -> P
 def plan_of_scores(sites: Sequence[Site]) -> Plan:
     """Return the finished scores of all sites in the world. Collective over the world."""
     return agree_on_plan({site.key: (site.score_statistic,) for site in sites})
+
+
+def _wanted(view: ModelView, requests: Sequence[ScoreRequest]) -> Iterator[tuple[ScoreRequest, Place]]:
+    for request in requests:
+        for place in view.places:
+            if place.kind is KIND_OF_TARGET[request.target]:
+                yield request, place
 
 
 def _unit_size(view: ModelView, request: ScoreRequest, place: Place) -> int:
