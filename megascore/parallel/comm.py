@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megascore.errors import MegascoreError, RankFailure
 
-__all__ = ["agree", "gather_objects", "sum_in_place", "world_rank", "world_size"]
+__all__ = ["agree", "gather_objects", "max_over_world", "share", "sum_in_place", "world_rank", "world_size"]
 
 Result = TypeVar("Result")
+Shared = TypeVar("Shared")
 
 
 def world_size() -> int:
@@ -52,6 +53,29 @@ def gather_objects(own: Any, group: dist.ProcessGroup | None = None) -> list[Any
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, own, group=group)
     return gathered
+
+
+def max_over_world(values: Sequence[int]) -> list[int]:
+    """Return the largest of each value over all ranks. Collective over the world: one small all-reduce."""
+    if world_size() == 1:
+        return list(values)
+    on_device = torch.tensor(values, dtype=torch.int64, device=_collective_device())
+    dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
+    return [int(value) for value in on_device.tolist()]
+
+
+def share(own: Shared) -> Shared:
+    """Return rank 0's object on every rank. Collective over the world. Never a user's object."""
+    if world_size() == 1:
+        return own
+    box = [own if world_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def _collective_device() -> torch.device:
+    """Return where the tensors of a collective over the world must be."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @dataclass(frozen=True)

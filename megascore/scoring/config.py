@@ -21,6 +21,7 @@ __all__ = ["DataConfig", "JobConfig", "ModelConfig", "ParallelConfig", "RunConfi
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
+RESUME = ("auto", "never")
 
 
 @dataclass
@@ -112,6 +113,14 @@ class RunConfig:
     """Also compute the language-model loss on the calibration data, which tells whether model and text fit."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others before all stop with an error."""
+    checkpoint_dir: str | None = None
+    """Folder of this run's checkpoints and its progress.json, seen by all machines; null: a killed run is lost."""
+    checkpoint_interval: int | None = None
+    """Steps between checkpoints; null leaves it to the clock."""
+    checkpoint_seconds: float | None = 300.0
+    """Time between checkpoints by rank 0's clock, at least 100 times what the last one took; null: no clock."""
+    resume: str = "auto"
+    """auto goes on from the newest checkpoint in the folder; never drops those that are there and starts afresh."""
 
     def __post_init__(self) -> None:
         """Check values that do not depend on other sections."""
@@ -120,8 +129,12 @@ class RunConfig:
         _require_at_least("run.global_batch_size", self.global_batch_size, 1)
         _require_at_least("run.micro_batch_size", self.micro_batch_size, 1)
         _require_one_of("run.device", self.device, DEVICES)
-        if self.timeout_minutes <= 0:
-            raise ConfigError(f"run.timeout_minutes is {self.timeout_minutes}: expected a positive number.")
+        _require_one_of("run.resume", self.resume, RESUME)
+        if self.checkpoint_interval is not None:
+            _require_at_least("run.checkpoint_interval", self.checkpoint_interval, 1)
+        _require_positive("run.timeout_minutes", self.timeout_minutes)
+        if self.checkpoint_seconds is not None:
+            _require_positive("run.checkpoint_seconds", self.checkpoint_seconds)
 
 
 @dataclass
@@ -185,6 +198,11 @@ def _overrides_text(overrides: Sequence[str]) -> str:
 def _require_at_least(key: str, value: int, minimum: int) -> None:
     if value < minimum:
         raise ConfigError(f"{key} is {value}: expected a whole number of at least {minimum}.")
+
+
+def _require_positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{key} is {value}: expected a positive number.")
 
 
 def _require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from megascore.errors import HookStateError
+from megascore.errors import CheckpointError, HookStateError
 from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, sum_in_place
 from megascore.parallel.merge import Part, merge_over_world
@@ -89,6 +90,40 @@ class ScoringRun:
         self._settle()
         self.num_steps += 1
 
+    def merged_states(self) -> dict[str, dict[str, Tensor]]:
+        """Return a snapshot of the statistics of all sites in the world, in global terms, on the CPU of every rank.
+
+        Collective over the world: what waits for other ranks is added up first, then one all-reduce. The accumulators
+        are not changed.
+        """
+        self._settle()
+        merged = merge_over_world(self._plan, {site.key: site.part() for site in self.sites}, self._device())
+        return {key: {name: value.cpu() for name, value in state.items()} for key, state in merged.items()}
+
+    def restore(self, states: Mapping[str, State], num_steps: int) -> None:
+        """Go on from a snapshot, also one that was taken on another layout.
+
+        Collective over the world; nothing is changed on any rank if the snapshot doesn't fit on one.
+
+        Args:
+            states: What `merged_states` returned, the same on every rank.
+            num_steps: Steps that it holds.
+
+        Raises:
+            CheckpointError: it is of other sites, sizes or weights; every difference is named.
+        """
+        agree("comparing the saved state with the model", lambda: self._check_states(states))
+        for site in self.sites:
+            site.restore(states[site.key])
+        self.num_steps = num_steps
+
+    def _check_states(self, states: Mapping[str, State]) -> None:
+        missing = [f"{key} has no saved state" for key in self._plan if key not in states]
+        foreign = [f"{key} is saved, but not scored in this run" for key in states if key not in self._plan]
+        other = [text for site in self.sites if site.key in states for text in site.differences_from(states[site.key])]
+        if missing or foreign or other:
+            raise CheckpointError(f"the saved state is not of this run: {'; '.join([*missing, *foreign, *other])}.")
+
     def finish(self, metadata: Mapping[str, Any] | None = None) -> Scores:
         """Merge the statistics of all ranks, and return the same scores on every one.
 
@@ -102,10 +137,8 @@ class ScoringRun:
             HookStateError: no tokens have been seen, or iterations of an iterative score are missing.
             RankFailure: another rank could not compute its scores.
         """
-        self._settle()
         device = self._device()
-        merged = merge_over_world(self._plan, {site.key: site.part() for site in self.sites}, device)
-        states = {key: {name: value.cpu() for name, value in state.items()} for key, state in merged.items()}
+        states = self.merged_states()
         if not any(int(state["num_tokens"]) for state in states.values()):
             raise HookStateError("no activations collected: run forward passes between attach() and finish().")
         own = agree("computing the scores", lambda: self._own_scores(states, device))
