@@ -197,7 +197,7 @@ def _checkpoint_plan(config: JobConfig, folder: str) -> CheckpointPlan:
         seconds=config.run.checkpoint_seconds,
         afresh=config.run.resume == "never",
         # Before the other ranks stop waiting, so that all end with the error of the storage.
-        write_seconds=config.run.timeout_minutes * 60 / 2,
+        storage_seconds=config.run.timeout_minutes * 60 / 2,
     )
 
 

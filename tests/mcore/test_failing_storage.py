@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,23 +55,22 @@ def vanished(path: Path) -> None:
     path.parent.rename(path.parent.with_name("vanished"))
 
 
-def slow(path: Path) -> None:
-    time.sleep(20)
+def silent(path: Path) -> None:
+    # Never answers, as far as this test goes: that the run ends at all is what is tested.
+    threading.Event().wait(600)
 
 
 FAILURES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no space": (no_space, "No space left on device"),
     "read-only": (read_only, "Read-only file system"),
     "vanished": (vanished, "No such file or directory"),
-    "slow": (slow, "the storage did not answer within"),
+    "silent": (silent, "the storage did not answer within"),
 }
 
 
-def run_with(failure: str, job: Job, overrides: list[str]) -> tuple[str, float]:
-    started = time.monotonic()
+def run_with(failure: str, job: Job, overrides: list[str]) -> str:
     with broken_write(FAILURES[failure][0]):
-        told = run_on_rank(job, overrides)
-    return told, time.monotonic() - started
+        return run_on_rank(job, overrides)
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -81,20 +80,18 @@ def test_all_ranks_end_with_one_error_and_the_last_good_checkpoint_stands(
     job = make_job(tmp_path / "run", model_root)
     # 6 s for the other ranks, half of it for the storage.
     results = world.run(2, run_with, failure, job, ["run.timeout_minutes=0.1", "parallel.tensor=2"])
-    for told, seconds in results:
+    for told in results:
         assert FAILURES[failure][1] in told
         assert f"checkpoint of step {FAILING_STEP}" in told
-        assert f"{job.checkpoints} failed on rank 0" in told
+        assert f"failed in {job.checkpoints} (run.checkpoint_dir), on rank 0" in told
         assert "the last good checkpoint is" in told
         assert "step-00000003.safetensors" in told
-        # Well below what the slow storage takes, with room for a busy machine.
-        assert seconds < 20
-    assert ["CheckpointError" in told for told, _ in results] == [True, False]
+    assert ["CheckpointError" in told for told in results] == [True, False]
     assert not job.output.exists()
     if failure == "vanished":
         assert not job.checkpoints.exists()
         (job.folder / "vanished").rename(job.checkpoints)
-    elif failure != "slow":
+    elif failure != "silent":
         assert read_status(job.checkpoints)["state"] == RunState.FAILED.value
     # The same command goes on when the storage is mended.
     told = world.run(2, run_on_rank, job, ["parallel.tensor=2"])[0]
@@ -129,7 +126,7 @@ def test_a_progress_file_that_can_not_be_written_stops_all_ranks(
 ) -> None:
     job = make_job(tmp_path / "run", model_root)
     told = world.run(2, run_without_progress_file, job)
-    assert all("failed on rank 0: Is a directory" in text for text in told)
+    assert all("on rank 0: Is a directory" in text for text in told)
     shutil.rmtree(job.checkpoints / "progress.json")
     assert "going on from" in world.run(2, run_on_rank, job)[0]
 
