@@ -157,7 +157,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model: {hf: llama, dtype: float32}\n"
         "data: {text: text.txt, sequence_length: 16}\n"
         "parallel: {tensor: 2, sequence: true}\n"
-        "run: {device: cpu, global_batch_size: 4, timeout_minutes: 2}\n"
+        "run: {device: cpu, global_batch_size: 4, timeout_minutes: 5}\n"
     )
     return folder
 
