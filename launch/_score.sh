@@ -13,8 +13,9 @@ OPTIONS_HELP="  --nproc-per-node N   ranks on each node (default: one for each G
 
 ENVIRONMENT_HELP="Python is the active environment's, or the checkout's .venv, or python3; nothing is installed.
 
-A stop: SIGUSR1, SIGTERM and Ctrl-C reach every rank of this node. The run finishes its step, saves, and exits with 75
-within MEGASCORE_STOP_SECONDS (default: 240); the same command goes on from there. A second Ctrl-C ends it at once.
+A stop: SIGUSR1, SIGTERM, SIGHUP and Ctrl-C reach every rank of this node. The run finishes its step, saves, and exits
+with 75 within MEGASCORE_STOP_SECONDS (default: 240); the same command goes on from there. A second Ctrl-C ends it at once.
+SIGUSR2 makes it save and go on.
 Other exit codes are those of the first rank that failed: see megascore --help.
 
 Set only where they are not set: OMP_NUM_THREADS, CUDA_DEVICE_MAX_CONNECTIONS, NCCL_DEBUG,

@@ -2,10 +2,12 @@
 
     python launch/agent.py TORCHRUN_ARGUMENT...
 
-Three things differ from ``torchrun``:
+Four things differ from ``torchrun``:
 
-- SIGUSR1, SIGTERM and SIGINT are passed on to the workers, which get ``MEGASCORE_STOP_SECONDS`` (240) to finish their
-  step, save and leave. torchrun dies of SIGUSR1, and kills what is still there 30 seconds after SIGTERM.
+- SIGUSR1, SIGTERM, SIGINT and SIGHUP make the workers stop, which get ``MEGASCORE_STOP_SECONDS`` (240) to finish their
+  step, save and leave. torchrun dies of SIGUSR1, kills what is still there 30 seconds after the others, and does so at
+  SIGHUP even under nohup.
+- SIGUSR2 is passed on, for the workers to save and go on. torchrun dies of it.
 - Workers that leave because they were asked to are not restarted, whatever ``--max-restarts`` says, and the first one
   to leave does not cut the others short.
 - The exit code is that of the worker that failed first, 128 + N if signal N ended it, and 75 once all have stopped.
@@ -29,7 +31,7 @@ __all__ = ["STOPPED", "StopHandler", "find_workers", "main"]
 STOPPED = 75
 """Exit code of `megascore score` when a signal stopped it and the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
-_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.1
 
 
@@ -40,28 +42,25 @@ class StopHandler:
         """Let workers have a number of seconds."""
         self._seconds = seconds
         self._asked = False
-        self._terminating = False
+        self._interrupted = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """Pass a signal on and wait. The agent's other threads, which keep the rendezvous alive, go on meanwhile.
 
-        A signal that comes during the wait is passed on too; the second SIGTERM or SIGINT ends the wait.
+        A signal that comes during the wait is passed on too; the second SIGINT ends the wait. The second SIGTERM does
+        not: Slurm may well send it to this process both itself and through srun.
 
         Raises:
             SystemExit: always, but for a signal that comes during the wait.
         """
-        # Workers are in sessions of their own, so that the terminal's SIGINT reaches only this process; and Python
-        # would turn SIGINT into a KeyboardInterrupt in the middle of a step.
-        sent = signal.SIGTERM if signum == signal.SIGINT else signal.Signals(signum)
-        insisted = self._terminating and sent == signal.SIGTERM
-        self._terminating = self._terminating or sent == signal.SIGTERM
-        if insisted:
-            _say(f"{sent.name} again: ending without waiting")
+        if signum == signal.SIGINT and self._interrupted:
+            _say("SIGINT again: ending without waiting")
             raise SystemExit(128 + signum)
-        workers = find_workers()
-        for pid in workers:
-            with suppress(ProcessLookupError):
-                os.kill(pid, sent)
+        self._interrupted = self._interrupted or signum == signal.SIGINT
+        # Workers are in sessions of their own, so the terminal's signals reach only this process. Sent on as they are,
+        # SIGINT would become a KeyboardInterrupt in the middle of a step, and SIGHUP would kill.
+        sent = signal.SIGUSR1 if signum == signal.SIGUSR1 else signal.SIGTERM
+        workers = _send_to_workers(sent)
         if self._asked:
             return
         self._asked = True
@@ -89,6 +88,18 @@ class StopHandler:
                 return 128 + sent
             time.sleep(_POLL_SECONDS)
         return STOPPED if STOPPED in codes or not codes else 0
+
+
+def _pass_on(signum: int, frame: FrameType | None) -> None:
+    _send_to_workers(signal.Signals(signum))
+
+
+def _send_to_workers(signum: signal.Signals) -> list[int]:
+    workers = find_workers()
+    for pid in workers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signum)
+    return workers
 
 
 def find_workers() -> list[int]:
@@ -139,7 +150,10 @@ def main(arguments: list[str]) -> int:
     """
     handler = StopHandler(float(os.environ.get("MEGASCORE_STOP_SECONDS") or 240))
     for signum in _STOP_SIGNALS:
-        signal.signal(signum, handler)
+        # What nohup, or a shell for its background, had ignored stays so.
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
+    signal.signal(signal.SIGUSR2, _pass_on)
     # After the handlers: this takes seconds, and SIGUSR1 would end the process.
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -147,9 +161,9 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
 
-    # Otherwise torchrun takes SIGTERM and SIGINT for itself. Before 2.9 it can't be told; they give 30 seconds then.
+    # Otherwise torchrun takes all but SIGUSR1 for itself. Before 2.9 it can't be told; they give 30 seconds then.
     if "--signals-to-handle" in get_args_parser().format_help():
-        arguments = ["--signals-to-handle", "SIGHUP,SIGQUIT", *arguments]
+        arguments = ["--signals-to-handle", "SIGQUIT", *arguments]
     try:
         torchrun(arguments)
     except ChildFailedError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 __all__ = ["REPOSITORY", "environment", "put_fake_megascore", "start", "wait_until"]
 
 REPOSITORY = Path(__file__).parents[2]
-SECONDS = 120
+SECONDS = 300
 
 # Stands in for the package: tells what it was started with, and ends as FAKE_END says.
 FAKE_MEGASCORE = """

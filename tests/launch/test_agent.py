@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,11 +27,13 @@ def note(word):
 # The later ranks need longer to save, as with a slow disk.
 SAVES = """
 def stop(*_):
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a flag, in megascore
     time.sleep(rank)
     note("saved")
     sys.exit(75)
 signal.signal(signal.SIGUSR1, stop)
 signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR2, lambda *_: note("kept"))
 note("started")
 time.sleep(60)
 """
@@ -51,11 +53,20 @@ FAILS_ONCE = 'note("started"); sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"]
 class World:
     """An agent with workers that run one of the scripts above."""
 
-    def __init__(self, folder: Path, script: str, num_workers: int, max_restarts: int = 0, **changes: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        script: str,
+        num_workers: int,
+        max_restarts: int = 0,
+        shell: Sequence[str] = (),
+        **changes: str,
+    ) -> None:
         (folder / "worker.py").write_text(WORKER + script)
         self.folder = folder
         self.num_workers = num_workers
         self.process = start(
+            *shell,
             *(sys.executable, REPOSITORY / "launch" / "agent.py", "--standalone", "--local-addr", "127.0.0.1"),
             *("--nproc-per-node", str(num_workers), "--max-restarts", str(max_restarts), folder / "worker.py"),
             env=environment(NOTES=str(folder), OMP_NUM_THREADS="1", **changes),
@@ -93,12 +104,12 @@ def test_workers_are_the_children_that_lead_a_session(sleepers: dict[bool, int])
     assert os.getpid() not in find_workers()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_every_rank_save_and_restarts_none(signum: signal.Signals, tmp_path: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     if signum != signal.SIGUSR1 and "--signals-to-handle" not in get_args_parser().format_help():
-        pytest.skip("this torch (before 2.9) keeps SIGTERM and SIGINT for itself")
+        pytest.skip("this torch (before 2.9) keeps all signals but SIGUSR1 for itself")
     world = World(tmp_path, SAVES, num_workers=2, max_restarts=2)
     world.signal(signum)
     code, error = world.end()
@@ -106,6 +117,36 @@ def test_a_signal_lets_every_rank_save_and_restarts_none(signum: signal.Signals,
     assert world.count("saved") == [1, 1]
     assert world.count("started") == [1, 1]
     assert "Traceback" not in error
+
+
+def test_the_second_sigterm_does_not_take_the_time_away(tmp_path: Path) -> None:
+    world = World(tmp_path, SAVES, num_workers=2)
+    world.signal(signal.SIGUSR1)
+    wait_until(lambda: world.count("saved")[0] == 1, world.process)
+    for _ in range(2):
+        world.process.send_signal(signal.SIGTERM)
+    code, error = world.end()
+    assert code == 75, error
+    assert world.count("saved") == [1, 1]
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    world = World(tmp_path, SAVES, num_workers=1, shell=("sh", "-c", "trap '' HUP; exec \"$@\"", "sh"))
+    world.signal(signal.SIGHUP)
+    world.signal(signal.SIGUSR1)
+    code, error = world.end()
+    assert code == 75, error
+    assert "SIGUSR1: 1 worker(s)" in error
+    assert "SIGHUP" not in error
+
+
+def test_a_wish_to_save_is_passed_on_and_the_run_goes_on(tmp_path: Path) -> None:
+    world = World(tmp_path, SAVES, num_workers=1)
+    world.signal(signal.SIGUSR2)
+    wait_until(lambda: world.count("kept") == [1], world.process)
+    world.signal(signal.SIGUSR1)
+    code, error = world.end()
+    assert code == 75, error
 
 
 def test_a_worker_that_was_still_starting_does_not_make_it_a_failure(tmp_path: Path) -> None:
