@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from rich.console import Console
@@ -24,15 +23,17 @@ from megascore.mcore.layout import check_divisible, check_sequence_length
 from megascore.mcore.schedule import forward_only
 from megascore.mcore.view import MegatronModelView
 from megascore.mcore.world import local_device, parallel_world
-from megascore.parallel.comm import agree, sum_in_place, world_rank
+from megascore.parallel.comm import agree, broadcast_object, sum_in_place, world_rank
 from megascore.scoring.config import JobConfig
 from megascore.scoring.data import (
     Samples,
     check_enough_samples,
     check_equal_shares,
+    check_source,
     load_samples,
     micro_batches_of_step,
     num_steps,
+    share_samples,
 )
 from megascore.scoring.dry_run import render_sites
 from megascore.scoring.fingerprint import weights_fingerprint
@@ -97,16 +98,14 @@ def _check(config: JobConfig) -> HuggingFaceModelConfig:
     """Find what is wrong with a job before anything long starts; every rank looks at what it will need itself."""
     if config.model.hf is None:
         raise ConfigError("model.hf is not given: expected a Hugging Face checkpoint directory.")
-    if config.data.text is None:
-        raise ConfigError("data.text is not given: expected a UTF-8 text file.")
+    config.data.source()
     model_config = read_config(config.model.hf)
     check_divisible(model_config, config.parallel)
     check_sequence_length(config.data.sequence_length, config.parallel)
     with Checkpoint(config.model.hf) as checkpoint:
         checkpoint.check(model_config)
     if world_rank() == 0:
-        if not Path(config.data.text).is_file():
-            raise DataError(f"text {config.data.text} not found: data.text names a UTF-8 file.")
+        check_source(config.data)
         check_output_path(config.run.output, overwrite=config.run.overwrite)
     return model_config
 
@@ -120,15 +119,14 @@ class _Inputs:
 
 
 def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
-    """Read text and fingerprints on rank 0, and give them to all. Collective over the world."""
-    data, text, folder = config.data, config.data.text, config.model.hf
-    assert text is not None
+    """Read data and fingerprints on rank 0, and give them to all. Collective over the world."""
+    folder = config.model.hf
     assert folder is not None
 
     def read() -> _Inputs | None:
         if world_rank() != 0:
             return None
-        samples = load_samples(text, folder, data.sequence_length, data.num_samples, config.run.seed)
+        samples = load_samples(config.data, folder, config.run.seed)
         data_size = parallel_state.get_data_parallel_world_size()
         check_enough_samples(len(samples.tokens), data_size)
         if config.parallel.expert > 1:
@@ -136,15 +134,14 @@ def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
         largest = int(samples.tokens.max())
         if largest >= vocab_size:
             raise DataError(
-                f"the tokenizer in {folder} gives token {largest}, but the model there has {vocab_size} tokens: "
-                "tokenizer and weights are not of one model."
+                f"{samples.source} gives token {largest}, but the model in {folder} has {vocab_size} tokens: "
+                "the data was not tokenized for this model, or tokenizer and weights are not of one model."
             )
         return _Inputs(samples, weights_fingerprint(folder))
 
-    box = [agree("reading the text", read)]
-    dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None
-    return box[0]
+    own = agree("reading the data", read)
+    samples = share_samples(own.samples if own else None)
+    return _Inputs(samples, broadcast_object(own.weights_fingerprint if own else ""))
 
 
 def _load_model(config: JobConfig, model_config: HuggingFaceModelConfig, device: torch.device) -> list[GPTModel]:
@@ -174,25 +171,33 @@ def _run_steps(
             batch, micro_batch = config.run.global_batch_size, config.run.micro_batch_size
             slices = micro_batches_of_step(step, num_samples, batch, micro_batch, data_rank, data_size)
             micro_batches = [samples.tokens[part].to(device) for part in slices]
-            losses = forward_only(chunks, micro_batches, compute_loss=config.run.loss)
+            losses = forward_only(chunks, micro_batches, config.run.loss, samples.masks_of(slices), run)
             loss_sums[0] += losses.nats
             loss_sums[1] += losses.num_tokens
             run.step()
-            progress.advance(min(batch, num_samples - step * batch) * config.data.sequence_length)
+            progress.advance(samples.num_tokens(slice(step * batch, (step + 1) * batch)))
     if not config.run.loss:
         return None
     # Tensor-parallel ranks of the last stage hold the same loss: one of them counts.
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         loss_sums.zero_()
     sum_in_place([loss_sums])
-    return float(loss_sums[0] / loss_sums[1])
+    # Documents of one token each predict nothing.
+    return float(loss_sums[0] / loss_sums[1]) if float(loss_sums[1]) else None
 
 
 def _metadata(config: JobConfig, inputs: _Inputs) -> dict[str, Any]:
-    text, length = Path(inputs.samples.source).name, config.data.sequence_length
+    kind, path = config.data.source()
+    field = {"field": config.data.field} if kind in ("jsonl", "dataset") else {}
     return {
         "model": {"name": Path(config.model.hf or "").resolve().name, "dtype": config.model.dtype},
         "weights_fingerprint": inputs.weights_fingerprint,
         "data_fingerprint": inputs.samples.fingerprint,
-        "data": {"text": text, "sequence_length": length, "seed": config.run.seed},
+        "data": {
+            kind: Path(path).name,
+            **field,
+            "packing": config.data.packing,
+            "sequence_length": config.data.sequence_length,
+            "seed": config.run.seed,
+        },
     }

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from megascore.errors import MegascoreError, RankFailure
 
-__all__ = ["agree", "gather_objects", "sum_in_place", "world_rank", "world_size"]
+__all__ = [
+    "agree",
+    "broadcast_object",
+    "broadcast_tensor",
+    "gather_objects",
+    "sum_in_place",
+    "world_rank",
+    "world_size",
+]
+
+PIECE_BYTES = 1 << 26
+"""Memory of a device that a broadcast takes at most."""
 
 Result = TypeVar("Result")
 
@@ -52,6 +63,36 @@ def gather_objects(own: Any, group: dist.ProcessGroup | None = None) -> list[Any
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, own, group=group)
     return gathered
+
+
+def broadcast_object(own: Result) -> Result:
+    """Return rank 0's object on every rank. Collective over the world; the objects are this program's own."""
+    if world_size() == 1:
+        return own
+    box = [own]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_tensor(own: Tensor | None) -> Tensor:
+    """Return rank 0's tensor, which is in host memory, on every rank, in host memory too.
+
+    Collective over the world; other ranks bring None. It goes in pieces, so that a device need not hold all of it.
+    """
+    like = broadcast_object(None if own is None else own.to("meta"))
+    assert like is not None
+    whole = (
+        torch.empty_like(like, device="cpu", memory_format=torch.contiguous_format) if own is None else own.contiguous()
+    )
+    if world_size() == 1:
+        return whole
+    # NCCL knows no host memory.
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    for piece in torch.split(whole.view(-1), max(1, PIECE_BYTES // whole.itemsize)):
+        sent = piece.to(device)
+        dist.broadcast(sent, src=0)
+        piece.copy_(sent)
+    return whole
 
 
 @dataclass(frozen=True)
