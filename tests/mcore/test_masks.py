@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megascore.errors import DataError
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.mcore.expert_model import SIZES as EXPERT_SIZES
 from tests.mcore.expert_model import Variant
@@ -102,6 +103,27 @@ def test_a_mask_that_leaves_the_first_rank_without_a_token_scores_as_in_one_proc
     assert metadata["num_tokens"] == int(masks.sum())
     for key, value in scores.items():
         torch.testing.assert_close(value, one_process[key], rtol=TOLERANCE, atol=0, msg=key)
+
+
+@pytest.mark.parametrize(("cp_size", "tp_size"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_the_parts_of_a_mask_are_those_of_the_activations(cp_size: int, tp_size: int) -> None:
+    from megascore.mcore.context_parallel import local_positions
+    from megascore.mcore.masks import SequenceMask
+    from megascore.parallel.axes import Axis
+
+    masks = make_masks()
+    for cp_rank in range(cp_size):
+        of_context = masks[:, local_positions(SEQUENCE_LENGTH, cp_rank, cp_size)]
+        for tp_rank in range(tp_size):
+            local_mask = SequenceMask(Axis("cp", cp_rank, cp_size), Axis("tp", tp_rank, tp_size))
+            activations = torch.zeros(SEQUENCE_LENGTH // cp_size // tp_size, len(LENGTHS), 3)
+            expected = of_context.T.chunk(tp_size)[tp_rank]
+            assert torch.equal(local_mask(masks, activations), expected)
+            # Loops in the style of Megatron-LM have cut their batch already.
+            assert torch.equal(local_mask(of_context, activations), expected)
+            for wrong in (masks[1:], masks[:, 1:]):
+                with pytest.raises(DataError, match=r"the token mask is \[\d+, \d+\] \[samples, sequence\], but"):
+                    local_mask(wrong, activations)
 
 
 @pytest.mark.parametrize("world_size", EXPERT_LAYOUTS)

@@ -48,14 +48,14 @@ class DatasetFolder:
 
 
 def _open(path: Path) -> Any:
+    if not path.is_dir():
+        raise DataError(f"dataset {path} not found: data.dataset names a folder that save_to_disk wrote.")
     try:
         import datasets
     except ImportError as error:
         raise ConfigError(
             f"data.dataset needs the package datasets ({error}): run pip install 'megascore[data]'."
         ) from error
-    if not path.is_dir():
-        raise DataError(f"dataset {path} not found: data.dataset names a folder that save_to_disk wrote.")
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # Whatever Arrow and JSON raise for damaged files.

@@ -46,7 +46,7 @@ class Encoder:
         return self._ids(text, special=False)
 
     def document(self, value: Any, where: str) -> TokenIds:
-        """Return the tokens of a document: a text, or token ids already, which stay as they are.
+        """Return the tokens of a document: a text, or token ids already, which stay as they are; none of a blank text.
 
         Args:
             value: What a file holds in its place.
@@ -62,10 +62,13 @@ class Encoder:
         if not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
             raise DataError(f"{where} is {kind}: expected a text, or a list of token ids.")
+        if not value.strip():
+            # Special tokens alone are no document.
+            return np.empty(0, dtype=np.int64)
         if not self._packing:
             return self._ids(value, special=True)
         ids = self._ids(value, special=False)
-        return ids if self._end is None or not len(ids) else np.append(ids, self._end)
+        return ids if self._end is None else np.append(ids, self._end)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
