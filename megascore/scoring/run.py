@@ -29,8 +29,10 @@ class ScoringRun:
     """Scores a model while it runs in its owner's loop.
 
     Building one is collective over the world: all ranks do it together, and so are `step` and `finish`. Forward
-    passes in between communicate nothing on behalf of the scores. The model is in evaluation mode meanwhile (dropout
-    would be measured otherwise); leaving the ``with`` block, or `close`, takes the hooks off and restores the mode.
+    passes in between communicate nothing on behalf of the scores. Where batches are padded, set the `token_mask`.
+
+    The model is in evaluation mode meanwhile (dropout would be measured otherwise); leaving the ``with`` block, or
+    `close`, takes the hooks off and restores the mode.
     """
 
     def __init__(
