@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("megatron", "transformer_engine", "apex", "transformers")
+HEAVY = ("megatron", "transformer_engine", "apex", "transformers", "datasets")
 
 PROGRAM = """
 import importlib, sys
@@ -16,7 +16,10 @@ print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].spl
 """
 
 
-@pytest.mark.parametrize("room", ["megascore", "megascore.hooks", "megascore.parallel.merge", "megascore.scoring.run"])
+@pytest.mark.parametrize(
+    "room",
+    ["megascore", "megascore.hooks", "megascore.parallel.merge", "megascore.scoring.run", "megascore.scoring.data"],
+)
 def test_a_room_outside_mcore_imports_no_model_library(room: str) -> None:
     arguments = [sys.executable, "-c", PROGRAM, room, ",".join(HEAVY)]
     assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.strip() == ""

@@ -172,7 +172,8 @@ class ForwardHook(ABC):
 
     def _require_data(self, state: State) -> None:
         # AssertionError is the published interface's documented type for this mistake of a user.
-        if not state or not int(state["num_calls"]):
+        # Tokens beside calls: the first of the ranks that share the samples counts calls, and a mask may leave it none.
+        if not state or not int(state["num_calls"] + state["num_tokens"]):
             raise AssertionError(f"{type(self).__name__}: no activations collected yet; run a forward pass first.")
 
     # The published interface

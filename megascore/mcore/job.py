@@ -23,15 +23,17 @@ from megascore.mcore.layout import check_divisible, check_sequence_length
 from megascore.mcore.steps import run_steps
 from megascore.mcore.view import MegatronModelView
 from megascore.mcore.world import local_device, parallel_world
-from megascore.parallel.comm import agree, share, world_rank
+from megascore.parallel.comm import agree, broadcast_object, world_rank
 from megascore.scoring.checkpointing import Checkpointer, CheckpointPlan
 from megascore.scoring.config import JobConfig
 from megascore.scoring.data import (
     Samples,
     check_enough_samples,
     check_equal_shares,
+    check_source,
     load_samples,
     num_steps,
+    share_samples,
 )
 from megascore.scoring.dry_run import render_sites
 from megascore.scoring.fingerprint import weights_fingerprint
@@ -127,16 +129,14 @@ def _check(config: JobConfig) -> HuggingFaceModelConfig:
     """Find what is wrong with a job before anything long starts; every rank looks at what it will need itself."""
     if config.model.hf is None:
         raise ConfigError("model.hf is not given: expected a Hugging Face checkpoint directory.")
-    if config.data.text is None:
-        raise ConfigError("data.text is not given: expected a UTF-8 text file.")
+    config.data.source()
     model_config = read_config(config.model.hf)
     check_divisible(model_config, config.parallel)
     check_sequence_length(config.data.sequence_length, config.parallel)
     with Checkpoint(config.model.hf) as checkpoint:
         checkpoint.check(model_config)
     if world_rank() == 0:
-        if not Path(config.data.text).is_file():
-            raise DataError(f"text {config.data.text} not found: data.text names a UTF-8 file.")
+        check_source(config.data)
         # A run with checkpoints may have written its output already: whether it has is known when the data is read.
         check_output_path(config.run.output, overwrite=config.run.overwrite or config.run.checkpoint_dir is not None)
     return model_config
@@ -151,15 +151,14 @@ class _Inputs:
 
 
 def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
-    """Read text and fingerprints on rank 0, and give them to all. Collective over the world."""
-    data, text, folder = config.data, config.data.text, config.model.hf
-    assert text is not None
+    """Read data and fingerprints on rank 0, and give them to all. Collective over the world."""
+    folder = config.model.hf
     assert folder is not None
 
     def read() -> _Inputs | None:
         if world_rank() != 0:
             return None
-        samples = load_samples(text, folder, data.sequence_length, data.num_samples, config.run.seed)
+        samples = load_samples(config.data, folder, config.run.seed)
         data_size = parallel_state.get_data_parallel_world_size()
         check_enough_samples(len(samples.tokens), data_size)
         if config.parallel.expert > 1:
@@ -167,14 +166,14 @@ def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
         largest = int(samples.tokens.max())
         if largest >= vocab_size:
             raise DataError(
-                f"the tokenizer in {folder} gives token {largest}, but the model there has {vocab_size} tokens: "
-                "tokenizer and weights are not of one model."
+                f"{samples.source} gives token {largest}, but the model in {folder} has {vocab_size} tokens: "
+                "the data was not tokenized for this model, or tokenizer and weights are not of one model."
             )
         return _Inputs(samples, weights_fingerprint(folder))
 
-    inputs = share(agree("reading the text", read))
-    assert inputs is not None
-    return inputs
+    own = agree("reading the data", read)
+    samples = share_samples(own.samples if own else None)
+    return _Inputs(samples, broadcast_object(own.weights_fingerprint if own else ""))
 
 
 def _load_model(config: JobConfig, model_config: HuggingFaceModelConfig, device: torch.device) -> list[GPTModel]:
@@ -233,7 +232,7 @@ def _finished_scores(config: JobConfig, identity: dict[str, Any]) -> Scores | No
             return None
         return scores if scores.metadata.get("run_fingerprint") == fingerprint_of(identity) else None
 
-    return share(agree("looking for a finished result", read))
+    return broadcast_object(agree("looking for a finished result", read))
 
 
 def _check_output(config: JobConfig) -> None:
@@ -242,11 +241,18 @@ def _check_output(config: JobConfig) -> None:
 
 
 def _metadata(config: JobConfig, inputs: _Inputs, identity: dict[str, Any]) -> dict[str, Any]:
-    text, length = Path(inputs.samples.source).name, config.data.sequence_length
+    kind, path = config.data.source()
+    field = {"field": config.data.field} if kind in ("jsonl", "dataset") else {}
     return {
         "model": {"name": Path(config.model.hf or "").resolve().name, "dtype": config.model.dtype},
         "run_fingerprint": fingerprint_of(identity),
         "weights_fingerprint": inputs.weights_fingerprint,
         "data_fingerprint": inputs.samples.fingerprint,
-        "data": {"text": text, "sequence_length": length, "seed": config.run.seed},
+        "data": {
+            kind: Path(path).name,
+            **field,
+            "packing": config.data.packing,
+            "sequence_length": config.data.sequence_length,
+            "seed": config.run.seed,
+        },
     }

@@ -52,21 +52,19 @@ def run_steps(
     if snapshot is not None:
         loss.restore(snapshot.sums["loss"])
         start = snapshot.step
-    batch_size, length = config.run.global_batch_size, config.data.sequence_length
-    num_samples = len(samples.tokens)
+    batch_size = config.run.global_batch_size
     with ScoringProgress(
-        total, batch_size * length, enabled=world_rank() == 0, done_steps=start, console=console
+        total, batch_size * config.data.sequence_length, enabled=world_rank() == 0, done_steps=start, console=console
     ) as progress:
         for step in range(start, total + 1):
             if checkpoints is not None:
-                tokens = min(step * batch_size, num_samples) * length
-                entries = _progress_entries(progress, tokens)
+                entries = _progress_entries(progress, samples.num_tokens(slice(step * batch_size)))
                 checkpoints.between_steps(run, {"step": step}, loss.sums, is_last=step == total, progress=entries)
             if step == total:
                 break
-            _run_step(config, step, chunks, samples, loss)
+            _run_step(config, step, run, chunks, samples, loss)
             run.step()
-            progress.advance((min((step + 1) * batch_size, num_samples) - step * batch_size) * length)
+            progress.advance(samples.num_tokens(slice(step * batch_size, (step + 1) * batch_size)))
     return loss.mean() if config.run.loss else None
 
 
@@ -97,13 +95,18 @@ class LossTotal:
         if world_rank() == 0:
             self._own.copy_(merged)
 
-    def mean(self) -> float:
-        """Return the mean loss in nats per token. Collective over the world."""
+    def mean(self) -> float | None:
+        """Return the mean loss in nats per token; None where documents of one token each predict nothing.
+
+        Collective over the world.
+        """
         nats, num_tokens = self.sums()["loss"].tolist()
-        return float(nats / num_tokens)
+        return float(nats / num_tokens) if num_tokens else None
 
 
-def _run_step(config: JobConfig, step: int, chunks: Sequence[GPTModel], samples: Samples, loss: LossTotal) -> None:
+def _run_step(
+    config: JobConfig, step: int, run: ScoringRun, chunks: Sequence[GPTModel], samples: Samples, loss: LossTotal
+) -> None:
     device = next(chunks[0].parameters()).device
     slices = micro_batches_of_step(
         step,
@@ -113,7 +116,8 @@ def _run_step(config: JobConfig, step: int, chunks: Sequence[GPTModel], samples:
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
-    losses = forward_only(chunks, [samples.tokens[part].to(device) for part in slices], compute_loss=config.run.loss)
+    micro_batches = [samples.tokens[part].to(device) for part in slices]
+    losses = forward_only(chunks, micro_batches, config.run.loss, samples.masks_of(slices), run)
     loss.add(losses.nats, losses.num_tokens)
 
 

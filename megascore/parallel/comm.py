@@ -13,10 +13,21 @@ from torch import Tensor
 
 from megascore.errors import MegascoreError, RankFailure
 
-__all__ = ["agree", "gather_objects", "max_over_world", "share", "sum_in_place", "world_rank", "world_size"]
+__all__ = [
+    "agree",
+    "broadcast_object",
+    "broadcast_tensor",
+    "gather_objects",
+    "max_over_world",
+    "sum_in_place",
+    "world_rank",
+    "world_size",
+]
+
+PIECE_BYTES = 1 << 26
+"""Memory of a device that a broadcast takes at most."""
 
 Result = TypeVar("Result")
-Shared = TypeVar("Shared")
 
 
 def world_size() -> int:
@@ -64,8 +75,8 @@ def max_over_world(values: Sequence[int]) -> list[int]:
     return [int(value) for value in on_device.tolist()]
 
 
-def share(own: Shared) -> Shared:
-    """Return rank 0's object on every rank. Collective over the world. Never a user's object."""
+def broadcast_object(own: Result) -> Result:
+    """Return rank 0's object on every rank. Collective over the world; the objects are this program's own."""
     if world_size() == 1:
         return own
     box = [own if world_rank() == 0 else None]
@@ -73,8 +84,28 @@ def share(own: Shared) -> Shared:
     return box[0]  # type: ignore[return-value]
 
 
+def broadcast_tensor(own: Tensor | None) -> Tensor:
+    """Return rank 0's tensor, which is in host memory, on every rank, in host memory too.
+
+    Collective over the world; other ranks bring None. It goes in pieces, so that a device need not hold all of it.
+    """
+    like = broadcast_object(None if own is None else own.to("meta"))
+    assert like is not None
+    whole = (
+        torch.empty_like(like, device="cpu", memory_format=torch.contiguous_format) if own is None else own.contiguous()
+    )
+    if world_size() == 1:
+        return whole
+    device = _collective_device()
+    for piece in torch.split(whole.view(-1), max(1, PIECE_BYTES // whole.itemsize)):
+        sent = piece.to(device)
+        dist.broadcast(sent, src=0)
+        piece.copy_(sent)
+    return whole
+
+
 def _collective_device() -> torch.device:
-    """Return where the tensors of a collective over the world must be."""
+    """Return where the tensors of a collective over the world must be: NCCL knows no host memory."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megascore.errors import CheckpointError, MegascoreError, Preempted, RankFailure
-from megascore.parallel.comm import agree, max_over_world, share, world_rank
+from megascore.parallel.comm import agree, broadcast_object, max_over_world, world_rank
 from megascore.scoring.checkpoint_keeper import CheckpointKeeper, CheckpointPlan
 from megascore.scoring.run import ScoringRun
 from megascore.scoring.signals import Signals
@@ -104,7 +104,7 @@ class Checkpointer:
         """
         self._identity = identity
         found = self._on_rank_0("looking for a checkpoint", lambda keeper: keeper.find(identity))
-        data = share(found.data if found is not None else None)
+        data = broadcast_object(found.data if found is not None else None)
         if data is None:
             return None
         snapshot = agree("reading the checkpoint", lambda: Snapshot.from_bytes(data))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from megascore.errors import CheckpointError, HookStateError
+from megascore.errors import CheckpointError, DataError, HookStateError
 from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, sum_in_place
 from megascore.parallel.merge import Part, merge_over_world
@@ -28,8 +29,10 @@ class ScoringRun:
     """Scores a model while it runs in its owner's loop.
 
     Building one is collective over the world: all ranks do it together, and so are `step` and `finish`. Forward
-    passes in between communicate nothing on behalf of the scores. The model is in evaluation mode meanwhile (dropout
-    would be measured otherwise); leaving the ``with`` block, or `close`, takes the hooks off and restores the mode.
+    passes in between communicate nothing on behalf of the scores. Where batches are padded, set the `token_mask`.
+
+    The model is in evaluation mode meanwhile (dropout would be measured otherwise); leaving the ``with`` block, or
+    `close`, takes the hooks off and restores the mode.
     """
 
     def __init__(
@@ -55,12 +58,16 @@ class ScoringRun:
         self._metadata = dict(metadata or {})
         self._plan = plan_of_states(self.sites, self.requests)
         self._score_plan = plan_of_scores(self.sites)
+        self._token_mask: Tensor | None = None
         self._modes = [(module, module.training) for chunk in view.modules for module in chunk.modules()]
         self._handles: list[RemovableHandle] = []
         for chunk in view.modules:
             chunk.eval()
         for site in self.sites:
-            self._handles.append(site.place.module.register_forward_hook(_forward_hook(site), with_kwargs=True))
+            self._handles.append(site.place.module.register_forward_hook(self._forward_hook(site), with_kwargs=True))
+        for follower in dict.fromkeys(site.place.mask_follower for site in self.sites):
+            if follower is not None:
+                self._handles.append(follower.follow(lambda: self._token_mask))
 
     def __enter__(self) -> ScoringRun:
         """Return the run itself; the hooks are on already."""
@@ -80,6 +87,43 @@ class ScoringRun:
         for module, training in self._modes:
             module.training = training
         self._modes.clear()
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """Which tokens of the batch that runs now count, bool [B, S]; None (the default) counts all.
+
+        Set it before each forward pass; what is set is copied. It is given for whole sequences, in the order of the
+        batch, on every rank that runs the batch: tensor-, context- and pipeline-parallel ranks take their parts of it.
+        A Hugging Face ``attention_mask`` will do. It changes what is counted, never what the model computes. Where
+        routed experts are scored it travels with the tokens, so of ranks that exchange tokens all or none set one.
+
+        Raises:
+            DataError: it is not two-dimensional, or neither bool nor integer.
+        """
+        return self._token_mask
+
+    @token_mask.setter
+    def token_mask(self, mask: Tensor | None) -> None:
+        if mask is None:
+            self._token_mask = None
+            return
+        if mask.dim() != 2 or mask.is_floating_point() or mask.is_complex():
+            raise DataError(
+                f"the token mask is {mask.dtype} {list(mask.shape)}: expected bool (or 0 and 1) [samples, sequence], "
+                "True for each token that counts."
+            )
+        # A copy of its own, so that a place may remember what it made of it.
+        self._token_mask = mask.detach().ne(0).to(self._device(), non_blocking=True)
+
+    @contextmanager
+    def masked(self, mask: Tensor | None) -> Iterator[None]:
+        """Count only the tokens of ``mask`` in forward passes inside; see `token_mask`. Not collective."""
+        before = self._token_mask
+        self.token_mask = mask
+        try:
+            yield
+        finally:
+            self._token_mask = before
 
     def step(self) -> None:
         """End a step: ranks that hold parts of the same samples add them up.
@@ -179,13 +223,14 @@ class ScoringRun:
         parameters = (parameter for chunk in self.view.modules for parameter in chunk.parameters())
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
+    def _forward_hook(self, site: Site) -> Any:
+        """Return what PyTorch calls after the module: reads its tensors and hands them to the site's hook."""
 
-def _forward_hook(site: Site) -> Any:
-    """Return what PyTorch calls after the module: reads its tensors and hands them to the site's hook."""
+        def observe(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            with torch.no_grad():
+                inputs, first_output = site.place.read(args, kwargs, output)
+                mask = self._token_mask
+                local_mask = None if mask is None else site.place.local_mask(mask.to(inputs.device), inputs)
+                site.hook.observe(inputs, first_output, local_mask)
 
-    def observe(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with torch.no_grad():
-            inputs, first_output = site.place.read(args, kwargs, output)
-            site.hook.observe(inputs, first_output)
-
-    return observe
+        return observe
