@@ -1,39 +1,30 @@
-"""Megatron models in any parallel layout, from a description of the whole model."""
+"""Models for a loop of one's own, built and loaded in one call."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megascore.errors import ConfigError, LayoutError, ModelError
-from megascore.mcore.architecture import Architecture
+from megascore.mcore.gpt import build_gpt
 from megascore.mcore.huggingface.architecture import architecture_of
-from megascore.mcore.huggingface.config import HuggingFaceModelConfig, read_config
-from megascore.mcore.huggingface.load import load_weights
-from megascore.mcore.layout import check_divisible, layers_of_chunks
-from megascore.mcore.spec import block_spec, uses_grouped_experts
+from megascore.mcore.huggingface.config import HuggingFaceModelConfig
+from megascore.mcore.source import model_source
 from megascore.scoring.config import ModelConfig, ParallelConfig
 
-__all__ = ["build_gpt", "build_model", "load_model"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["build_model", "load_model"]
 
 
 def load_model(
-    model_config: ModelConfig, parallel: ParallelConfig, device: torch.device, max_sequence_length: int
-) -> list[GPTModel]:
+    config: ModelConfig, parallel: ParallelConfig, device: torch.device, max_sequence_length: int
+) -> list[Any]:
     """Build the part of a model that this rank has, and load its weights.
 
-    Inside a `parallel_world`. Collective over the pipeline stages where embeddings are tied.
+    Inside a `parallel_world`, on every rank; collective over the pipeline stages where embeddings are tied.
 
     Args:
-        model_config: Checkpoint directory and data type.
+        config: Where the model comes from, and its data type.
         parallel: The layout that the parallel world was made with.
         device: Device of this rank.
         max_sequence_length: Longest sequence that will be run.
@@ -42,16 +33,14 @@ def load_model(
         The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining.
 
     Raises:
-        ConfigError: ``model.hf`` is not given.
+        ConfigError: nothing says where the model comes from.
         ModelError: the checkpoint is missing, not supported, or does not hold the tensors that it should.
         LayoutError: the model does not split so.
     """
-    if model_config.hf is None:
-        raise ConfigError("model.hf is not given: expected a Hugging Face checkpoint directory.")
-    config = read_config(model_config.hf)
-    chunks = build_model(config, parallel, getattr(torch, model_config.dtype), device, max_sequence_length)
-    num_bytes = load_weights(chunks, config, model_config.hf)
-    logger.info("read %.1f MB of weights from %s", num_bytes / 1e6, model_config.hf)
+    source = model_source(config)
+    source.check(parallel)
+    chunks = source.build(parallel, getattr(torch, config.dtype), device, max_sequence_length)
+    source.load(chunks)
     return chunks
 
 
@@ -64,132 +53,3 @@ def build_model(
 ) -> list[GPTModel]:
     """Build the part of a Hugging Face model that this rank has, as `build_gpt` does."""
     return build_gpt(architecture_of(hf_config), parallel, dtype, device, max_sequence_length)
-
-
-def build_gpt(
-    model: Architecture,
-    parallel: ParallelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_sequence_length: int,
-) -> list[GPTModel]:
-    """Build the part of a model that this rank has; its weights are not initialised.
-
-    Inside a `parallel_world`. Collective over the pipeline stages where embeddings are tied.
-
-    Args:
-        model: The whole model.
-        parallel: The layout that the parallel world was made with.
-        dtype: Of weights and activations; float64 holds throughout on the CPU.
-        device: Device of this rank.
-        max_sequence_length: Longest sequence that will be run.
-
-    Returns:
-        The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining.
-
-    Raises:
-        LayoutError: the model does not split so.
-        ModelError: the model has fewer positions than ``max_sequence_length``.
-    """
-    check_divisible(model, parallel)
-    if max_sequence_length > model.max_positions:
-        raise ModelError(
-            f"data.sequence_length={max_sequence_length} is more than the model's {model.max_positions} positions "
-            "(max_position_embeddings): choose a shorter one."
-        )
-    config = _transformer_config(model, parallel, dtype, device, max_sequence_length)
-    chunks = [_build_chunk(model, config, parallel, device, chunk) for chunk in range(parallel.virtual_pipeline)]
-    return [chunk.to(device).eval() for chunk in chunks]
-
-
-def _build_chunk(
-    model: Architecture, config: TransformerConfig, parallel: ParallelConfig, device: torch.device, chunk: int
-) -> GPTModel:
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    vp_stage = chunk if parallel.virtual_pipeline > 1 else None
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(config, device, vp_stage),
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.max_positions,
-        pre_process=stage == 0 and chunk == 0,
-        post_process=stage == parallel.pipeline - 1 and chunk == parallel.virtual_pipeline - 1,
-        vp_stage=vp_stage,
-        **model.gpt,
-    )
-
-
-def _transformer_config(
-    model: Architecture,
-    parallel: ParallelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_sequence_length: int,
-) -> TransformerConfig:
-    window = model.sliding_window
-    slides = window is not None and max_sequence_length > window
-    if slides and parallel.context > 1:
-        raise LayoutError(
-            f"parallel.context={parallel.context} with sequences of {max_sequence_length}, longer than the model's "
-            f"sliding window of {window}: set data.sequence_length to at most {window}, or parallel.context=1."
-        )
-    with warnings.catch_warnings():
-        # A deprecation of its own default.
-        warnings.filterwarnings("ignore", message="full scope is deprecated")
-        return TransformerConfig(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_size,
-            num_attention_heads=model.num_heads,
-            num_query_groups=model.num_kv_heads,
-            # Megatron counts the keys before the query, transformers the query too.
-            window_size=(window - 1, 0) if slides and window is not None else None,
-            window_attn_skip_freq=[int(slides) for slides in model.sliding_layers] if slides else None,
-            **{**model.transformer, **_expert_values(model, device), **_run_values(model, parallel, dtype)},
-        )
-
-
-def _expert_values(model: Architecture, device: torch.device) -> dict[str, Any]:
-    if model.experts is None:
-        return {}
-    layers = model.experts.layers
-    return {
-        "num_moe_experts": model.experts.num_experts,
-        "moe_ffn_hidden_size": model.experts.ffn_size,
-        # One number for all-alike layers, for Megatron names the weights of mixed ones otherwise in its checkpoints.
-        "moe_layer_freq": 1 if all(layers) else [int(has_experts) for has_experts in layers],
-        "moe_grouped_gemm": uses_grouped_experts(device),
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
-    }
-
-
-def _run_values(model: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "fp16": dtype == torch.float16,
-        "bf16": dtype == torch.bfloat16,
-        "perform_initialization": False,
-        "tensor_model_parallel_size": parallel.tensor,
-        "sequence_parallel": parallel.sequence,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        "pipeline_model_parallel_layout": _pipeline_layout(model.num_layers, parallel),
-        "context_parallel_size": parallel.context,
-        "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.expert_tensor,
-    }
-
-
-def _pipeline_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
-    """Megatron's description of an uneven pipeline, its chunks in the order of the layers; None for an even one."""
-    if parallel.pipeline_layers is None:
-        return None
-    layers = layers_of_chunks(num_layers, parallel)
-    layout = [["decoder"] * stage[chunk] for chunk in range(parallel.virtual_pipeline) for stage in layers]
-    layout[0].insert(0, "embedding")
-    layout[-1].append("loss")
-    return layout

@@ -17,11 +17,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from rich.console import Console
 
 from megascore.errors import ConfigError, DataError
-from megascore.mcore.build import build_model
-from megascore.mcore.huggingface.config import HuggingFaceModelConfig, read_config
-from megascore.mcore.huggingface.load import Checkpoint, load_weights
-from megascore.mcore.layout import check_divisible, check_sequence_length
+from megascore.mcore.layout import check_sequence_length
 from megascore.mcore.schedule import forward_only
+from megascore.mcore.source import ModelSource, model_source
 from megascore.mcore.view import MegatronModelView
 from megascore.mcore.world import local_device, parallel_world
 from megascore.parallel.comm import agree, sum_in_place, world_rank
@@ -35,7 +33,6 @@ from megascore.scoring.data import (
     num_steps,
 )
 from megascore.scoring.dry_run import render_sites
-from megascore.scoring.fingerprint import weights_fingerprint
 from megascore.scoring.progress import ScoringProgress
 from megascore.scoring.recipes import check_iterations, resolve_scores
 from megascore.scoring.report import render_scores
@@ -64,14 +61,14 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
     timeout = timedelta(minutes=config.run.timeout_minutes)
     device = local_device(config.run.device)
     with _quiet_megatron(), parallel_world(config.parallel, device, timeout):
-        model_config = agree("checking the job", lambda: _check(config))
-        inputs = _read_inputs(config, model_config.vocab_size)
-        chunks = agree("loading the model", lambda: _load_model(config, model_config, device))
+        source = agree("checking the job", lambda: _check(config))
+        inputs = _read_inputs(config, source)
+        chunks = agree("loading the model", lambda: _load_model(config, source, device))
         requests = resolve_scores(config.scores)
         total = _total_steps(config, inputs.samples)
         if config.run.steps != 0:
             agree("checking the scores", lambda: check_iterations(requests, total))
-        with ScoringRun(MegatronModelView(chunks), requests, _metadata(config, inputs)) as run:
+        with ScoringRun(MegatronModelView(chunks), requests, _metadata(config, inputs, source)) as run:
             if config.run.steps == 0:
                 render_sites(run, console)
                 return None
@@ -93,22 +90,22 @@ def _quiet_megatron() -> Iterator[None]:
         yield
 
 
-def _check(config: JobConfig) -> HuggingFaceModelConfig:
+def _check(config: JobConfig) -> ModelSource:
     """Find what is wrong with a job before anything long starts; every rank looks at what it will need itself."""
-    if config.model.hf is None:
-        raise ConfigError("model.hf is not given: expected a Hugging Face checkpoint directory.")
+    source = model_source(config.model)
+    if source.tokenizer is None:
+        raise ConfigError(
+            "the text needs the model's tokenizer: give a Hugging Face directory that has it in model.hf."
+        )
     if config.data.text is None:
         raise ConfigError("data.text is not given: expected a UTF-8 text file.")
-    model_config = read_config(config.model.hf)
-    check_divisible(model_config, config.parallel)
+    source.check(config.parallel)
     check_sequence_length(config.data.sequence_length, config.parallel)
-    with Checkpoint(config.model.hf) as checkpoint:
-        checkpoint.check(model_config)
     if world_rank() == 0:
         if not Path(config.data.text).is_file():
             raise DataError(f"text {config.data.text} not found: data.text names a UTF-8 file.")
         check_output_path(config.run.output, overwrite=config.run.overwrite)
-    return model_config
+    return source
 
 
 @dataclass(frozen=True)
@@ -119,9 +116,9 @@ class _Inputs:
     weights_fingerprint: str
 
 
-def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
+def _read_inputs(config: JobConfig, source: ModelSource) -> _Inputs:
     """Read text and fingerprints on rank 0, and give them to all. Collective over the world."""
-    data, text, folder = config.data, config.data.text, config.model.hf
+    data, text, folder = config.data, config.data.text, source.tokenizer
     assert text is not None
     assert folder is not None
 
@@ -134,12 +131,12 @@ def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
         if config.parallel.expert > 1:
             check_equal_shares(len(samples.tokens), config.run.global_batch_size, data_size)
         largest = int(samples.tokens.max())
-        if largest >= vocab_size:
+        if source.vocab_size is not None and largest >= source.vocab_size:
             raise DataError(
-                f"the tokenizer in {folder} gives token {largest}, but the model there has {vocab_size} tokens: "
+                f"the tokenizer in {folder} gives token {largest}, but the model there has {source.vocab_size} tokens: "
                 "tokenizer and weights are not of one model."
             )
-        return _Inputs(samples, weights_fingerprint(folder))
+        return _Inputs(samples, source.fingerprint())
 
     box = [agree("reading the text", read)]
     dist.broadcast_object_list(box, src=0)
@@ -147,11 +144,11 @@ def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
     return box[0]
 
 
-def _load_model(config: JobConfig, model_config: HuggingFaceModelConfig, device: torch.device) -> list[GPTModel]:
+def _load_model(config: JobConfig, source: ModelSource, device: torch.device) -> list[GPTModel]:
     dtype = getattr(torch, config.model.dtype)
-    chunks = build_model(model_config, config.parallel, dtype, device, config.data.sequence_length)
+    chunks = source.build(config.parallel, dtype, device, config.data.sequence_length)
     if config.run.steps != 0:
-        load_weights(chunks, model_config, config.model.hf)  # type: ignore[arg-type]
+        source.load(chunks)
     return chunks
 
 
@@ -188,10 +185,10 @@ def _run_steps(
     return float(loss_sums[0] / loss_sums[1])
 
 
-def _metadata(config: JobConfig, inputs: _Inputs) -> dict[str, Any]:
+def _metadata(config: JobConfig, inputs: _Inputs, source: ModelSource) -> dict[str, Any]:
     text, length = Path(inputs.samples.source).name, config.data.sequence_length
     return {
-        "model": {"name": Path(config.model.hf or "").resolve().name, "dtype": config.model.dtype},
+        "model": {"name": source.name, "dtype": config.model.dtype},
         "weights_fingerprint": inputs.weights_fingerprint,
         "data_fingerprint": inputs.samples.fingerprint,
         "data": {"text": text, "sequence_length": length, "seed": config.run.seed},

@@ -65,7 +65,7 @@ def _writing_in_this_process() -> Iterator[None]:
     with (
         mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue),
         # Needs psutil, for a line of its debug log.
-        mock.patch.object(filesystem_async, "_process_memory", lambda: 0),
+        mock.patch.object(filesystem_async, "_process_memory", return_value=0),
         mock.patch.object(FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(write)),
     ):
         yield

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megascore.errors import ModelError
-from megascore.mcore.huggingface.config_values import ConfigValues
+from megascore.mcore.huggingface.config_values import ConfigValues, UnsupportedModelError
 from megascore.mcore.huggingface.expert_config import (
     HuggingFaceExperts,
     read_mixtral_experts,
     read_qwen3_experts,
 )
 
-__all__ = ["FAMILIES", "HuggingFaceModelConfig", "read_config", "read_model_type"]
+__all__ = ["FAMILIES", "HuggingFaceModelConfig", "read_config"]
 
 MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron's ``rope_scaling`` has built in; only the factor can be chosen."""
@@ -97,12 +97,14 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
     path, raw = _read_json(directory)
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
-        raise ModelError(f"{path}: model_type '{model_type}' is not supported; supported: {', '.join(FAMILIES)}.")
+        raise UnsupportedModelError(
+            f"{path}: model_type '{model_type}' is not supported; supported: {', '.join(FAMILIES)}."
+        )
     family = FAMILIES[model_type]
     values = ConfigValues(path, {**family.defaults, **raw})
     values.refuse_unless("hidden_act", "silu", default="silu")
     if values.get("quantization_config") is not None:
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{path}: quantized checkpoints are not supported: give the model in float32, float16 or bfloat16."
         )
     num_layers = values.positive("num_hidden_layers")
@@ -133,16 +135,6 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
         sliding_layers=sliding_layers,
         experts=None if family.read_experts is None else family.read_experts(values, num_layers),
     )
-
-
-def read_model_type(directory: str | Path) -> str | None:
-    """Return ``model_type`` of a checkpoint directory's config.json; None where it says none.
-
-    Raises:
-        ModelError: no directory, or no readable config.json.
-    """
-    model_type = _read_json(directory)[1].get("model_type")
-    return model_type if isinstance(model_type, str) else None
 
 
 def _read_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -185,13 +177,13 @@ def _rope(values: ConfigValues) -> _Rope:
     if kind == "linear":
         return _Rope(theta, linear_factor=float(settings.get("factor", 1.0)))
     if kind != "llama3":
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{values.path}: rotary scaling '{kind}' is not supported; supported: default, linear, llama3."
         )
     for key, built_in in MEGATRON_LLAMA3_ROPE.items():
         found = settings.get(key)
         if found != built_in:
-            raise ModelError(
+            raise UnsupportedModelError(
                 f"{values.path}: rotary scaling 'llama3' with {key}={found} is not supported: "
                 f"Megatron-Core has {built_in} built in."
             )

@@ -9,7 +9,11 @@ from typing import Any
 
 from megascore.errors import ModelError
 
-__all__ = ["ConfigValues"]
+__all__ = ["ConfigValues", "UnsupportedModelError"]
+
+
+class UnsupportedModelError(ModelError):
+    """A model that is as its makers meant it, but that the loader here does not know."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class ConfigValues:
         """Take one value only.
 
         Raises:
-            ModelError: it is another.
+            UnsupportedModelError: it is another.
         """
         value = self.get(key, default)
         if value != supported:
-            raise ModelError(f"{self.path}: {key}={value} is not supported; supported: {supported}.")
+            raise UnsupportedModelError(f"{self.path}: {key}={value} is not supported; supported: {supported}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megascore.errors import ModelError
-from megascore.mcore.huggingface.config_values import ConfigValues
+from megascore.mcore.huggingface.config_values import ConfigValues, UnsupportedModelError
 
 __all__ = ["HuggingFaceExperts", "read_mixtral_experts", "read_qwen3_experts"]
 
@@ -90,7 +90,7 @@ def _numbers(values: ConfigValues, *, num_experts_default: int, top_k_default: i
 
 def _check_one_expert(values: ConfigValues, experts: HuggingFaceExperts) -> HuggingFaceExperts:
     if experts.top_k == 1 and experts.normalized:
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{values.path}: num_experts_per_tok=1 with weights that sum to one is not supported: Megatron-Core takes "
             "a single expert by its softmax over all."
         )

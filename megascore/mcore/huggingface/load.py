@@ -164,8 +164,9 @@ def _global_expert(found: Found, config: HuggingFaceModelConfig) -> int | None:
     if found.expert is None:
         return None
     assert config.experts is not None
-    num_local = config.experts.num_experts // parallel_state.get_expert_model_parallel_world_size()
-    return int(parallel_state.get_expert_model_parallel_rank()) * num_local + found.expert
+    num_local: int = config.experts.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    rank: int = parallel_state.get_expert_model_parallel_rank()
+    return rank * num_local + found.expert
 
 
 @torch.no_grad()
