@@ -63,7 +63,7 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
     with _quiet_megatron(), parallel_world(config.parallel, device, timeout):
         source = agree("checking the job", lambda: _check(config))
         inputs = _read_inputs(config, source)
-        chunks = agree("loading the model", lambda: _load_model(config, source, device))
+        chunks = agree("loading the model", lambda: _load_model(config, source, inputs, device))
         requests = resolve_scores(config.scores)
         total = _total_steps(config, inputs.samples)
         if config.run.steps != 0:
@@ -144,9 +144,10 @@ def _read_inputs(config: JobConfig, source: ModelSource) -> _Inputs:
     return box[0]
 
 
-def _load_model(config: JobConfig, source: ModelSource, device: torch.device) -> list[GPTModel]:
+def _load_model(config: JobConfig, source: ModelSource, inputs: _Inputs, device: torch.device) -> list[GPTModel]:
     dtype = getattr(torch, config.model.dtype)
     chunks = source.build(config.parallel, dtype, device, config.data.sequence_length)
+    source.check_tokens(chunks, int(inputs.samples.tokens.max()))
     if config.run.steps != 0:
         source.load(chunks)
     return chunks

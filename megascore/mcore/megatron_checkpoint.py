@@ -139,8 +139,10 @@ class MegatronCheckpoint:
             stand_ins = [(inert_class(name), name) for name in names]
             with torch.serialization.safe_globals([(argparse.Namespace, "argparse.Namespace"), *stand_ins]):
                 common = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # Damaged files raise nearly anything; refused ones say what of.
-            raise ModelError(f"{path} cannot be read without running what is in it: {error}") from error
+        except Exception as error:  # Damaged files raise nearly anything.
+            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f"it names {refused[1]}, which is never run" if refused else str(error).split("\n")[0]
+            raise ModelError(f"{path} cannot be read: {what}.") from error
         if not isinstance(common, dict):
             raise ModelError(f"{path} holds {type(common).__name__}, expected a dict.")
         return common

@@ -209,13 +209,14 @@ def _check_unused(sharded: Any, checkpoint: MegatronCheckpoint) -> None:
         for part in (_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value])
     ]
     own = {_without_expert(part.key) for part in parts}
-    own_layers = {match[1] for name in own if (match := LAYER_NUMBER.match(name))}
-    if not any(name.startswith("decoder.layers.") for name in own):
-        return
+    numbered = {match[0] for name in own if (match := LAYER_NUMBER.match(name))}
+    # Without numbers, a rank that has any layer has a part of every tensor of layers.
+    has_layers = any(name.startswith("decoder.layers.") for name in own)
+    ours = [*numbered] if numbered or not has_layers else ["decoder.layers."]
+    if any(name.startswith("decoder.final_layernorm.") for name in own):
+        ours += ["decoder.final_layernorm.", "output_layer."]
     for name in checkpoint.weights:
-        match = LAYER_NUMBER.match(name)
-        is_ours = match[1] in own_layers if match else name.startswith("decoder.layers.")
-        if is_ours and _without_expert(name) not in own:
+        if name.startswith(tuple(ours)) and _without_expert(name) not in own:
             raise ModelError(
                 f"checkpoint {checkpoint.folder} has a tensor '{name}', which the model does not have: it is of "
                 "another model."

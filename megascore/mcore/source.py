@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megascore.errors import ConfigError
+from megascore.errors import ConfigError, DataError
 from megascore.mcore.architecture import Architecture
 from megascore.mcore.gpt import build_gpt
 from megascore.mcore.huggingface.architecture import architecture_of
@@ -118,6 +118,19 @@ class ModelSource:
         """
         num_bytes = self.weights.load(chunks)
         logger.info("read %.1f MB of weights of %s", num_bytes / 1e6, self.name)
+
+    def check_tokens(self, chunks: Sequence[Any], largest: int) -> None:
+        """Check data against a model that only says how many tokens it has once it is built. Not collective.
+
+        Raises:
+            DataError: ``largest``, a token number in the data, is none of the model's.
+        """
+        vocab_size = getattr(chunks[0], "vocab_size", None)
+        if isinstance(vocab_size, int) and largest >= vocab_size:
+            raise DataError(
+                f"the data has token {largest}, but the model {self.name} has {vocab_size} tokens: the tokenizer is "
+                "not the model's."
+            )
 
     def fingerprint(self) -> str:
         """Return what tells the weights from others. Reads a little of the files."""
