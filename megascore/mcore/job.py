@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from rich.console import Console
 
 from megascore.errors import ConfigError, DataError
-from megascore.mcore.layout import check_sequence_length
+from megascore.mcore.layout import check_sequence_length, exchanges_tokens
 from megascore.mcore.schedule import forward_only
 from megascore.mcore.source import ModelSource, model_source
 from megascore.mcore.view import MegatronModelView
@@ -128,7 +128,7 @@ def _read_inputs(config: JobConfig, source: ModelSource) -> _Inputs:
         samples = load_samples(text, folder, data.sequence_length, data.num_samples, config.run.seed)
         data_size = parallel_state.get_data_parallel_world_size()
         check_enough_samples(len(samples.tokens), data_size)
-        if config.parallel.expert > 1:
+        if exchanges_tokens(config.parallel):
             check_equal_shares(len(samples.tokens), config.run.global_batch_size, data_size)
         largest = int(samples.tokens.max())
         if source.vocab_size is not None and largest >= source.vocab_size:

@@ -9,7 +9,14 @@ from typing import Protocol
 from megascore.errors import LayoutError
 from megascore.scoring.config import ParallelConfig
 
-__all__ = ["ExpertSizes", "ModelSizes", "check_divisible", "check_sequence_length", "layers_of_chunks"]
+__all__ = [
+    "ExpertSizes",
+    "ModelSizes",
+    "check_divisible",
+    "check_sequence_length",
+    "exchanges_tokens",
+    "layers_of_chunks",
+]
 
 
 class ExpertSizes(Protocol):
@@ -102,6 +109,12 @@ def _check_experts(config: ModelSizes, parallel: ParallelConfig) -> None:
             raise LayoutError(
                 f"parallel.{axis}={degree} does not divide the model's {size} {what}; sizes that would do: {would_do}."
             )
+
+
+def exchanges_tokens(parallel: ParallelConfig) -> bool:
+    """Whether experts are spread over data-parallel ranks, which then exchange tokens in every forward pass."""
+    # Both cut the same row of ranks into blocks of neighbours: copies of the dense layers, and copies of the experts.
+    return parallel.tensor * parallel.context % (parallel.expert * parallel.expert_tensor) != 0
 
 
 def check_sequence_length(sequence_length: int, parallel: ParallelConfig) -> None:

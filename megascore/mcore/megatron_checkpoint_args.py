@@ -1,7 +1,8 @@
-"""What a model was built from, by the command line of Megatron-LM that its checkpoint keeps."""
+"""What a model was built from, as its checkpoint tells: Megatron-LM's command line, or Megatron-Bridge's config."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ from megascore.errors import ModelError
 from megascore.mcore.architecture import Architecture, Experts
 from megascore.mcore.inert import InertRecord
 from megascore.mcore.megatron_checkpoint import MegatronCheckpoint
+from megascore.mcore.megatron_checkpoint_run_config import RUN_CONFIG, args_of_run_config
 
 __all__ = ["architecture_from_args"]
 
@@ -67,16 +69,9 @@ def architecture_from_args(checkpoint: MegatronCheckpoint) -> Architecture:
     """Return what the model in a checkpoint is built from.
 
     Raises:
-        ModelError: the checkpoint keeps no ``args``, they lack something, or they ask for what is not supported.
+        ModelError: the checkpoint keeps neither, they lack something, or they ask for what is not supported.
     """
-    given = checkpoint.common.get("args")
-    if given is None:
-        raise ModelError(
-            f"{checkpoint.folder}/common.pt has no 'args', so the checkpoint does not say what model it is of: give a "
-            "Hugging Face directory of the same model in model.hf (its config.json and tokenizer are read, not its "
-            "weights), or a function that builds the model in model.provider."
-        )
-    args = _Args(vars(given), f"args in {checkpoint.folder}/common.pt")
+    args = _find_args(checkpoint)
     for name in NOT_SUPPORTED:
         if args.get(name):
             raise ModelError(
@@ -123,6 +118,19 @@ class _Args:
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"{self.where}: {name} is {value}: expected a whole number of at least 1.")
         return value
+
+
+def _find_args(checkpoint: MegatronCheckpoint) -> _Args:
+    given, run_config = checkpoint.common.get("args"), checkpoint.folder / RUN_CONFIG
+    if isinstance(given, argparse.Namespace):
+        return _Args(vars(given), f"args in {checkpoint.folder}/common.pt")
+    if run_config.is_file():
+        return _Args(args_of_run_config(run_config), str(run_config))
+    raise ModelError(
+        f"{checkpoint.folder} has no 'args' in its common.pt and no {RUN_CONFIG}, so it does not say what model it is "
+        "of: give a Hugging Face directory of the same model in model.hf (its config.json and tokenizer are read, not "
+        "its weights), or a function that builds the model in model.provider."
+    )
 
 
 def _passed_on(args: _Args) -> dict[str, Any]:

@@ -29,6 +29,7 @@ LAYOUTS = {
     "tensor": (2, ParallelConfig(tensor=2)),
     "expert": (2, ParallelConfig(expert=2)),
     "expert tensor": (2, ParallelConfig(tensor=2, sequence=True, expert_tensor=2)),
+    "expert tensor over data": (2, ParallelConfig(expert_tensor=2)),
     "pipeline": (2, ParallelConfig(pipeline=2, pipeline_layers=[3, 1])),
     "tensor and expert": (2, ParallelConfig(tensor=2, sequence=True, expert=2)),
     "expert, expert tensor and data": (4, ParallelConfig(tensor=2, sequence=True, expert=2, expert_tensor=2)),

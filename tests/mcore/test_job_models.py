@@ -42,6 +42,7 @@ def make(folder: Path, family: str) -> Path:
     ("family", "layout"),
     [
         ("qwen3_moe", ["parallel.expert=2"]),
+        ("mixtral", ["parallel.expert_tensor=2"]),
         ("mixtral", ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert_tensor=2"]),
     ],
 )
@@ -61,6 +62,16 @@ def test_scores_of_a_model_with_experts_do_not_depend_on_where_they_are(
     found = megascore.load_scores(outputs[1])
     assert found["decoder.layers.2.mlp.experts/experts"].shape == ((8,) if family == "qwen3_moe" else (4,))
     assert found.metadata["num_tokens"] == 192
+
+
+def test_samples_that_ranks_with_experts_cannot_share_evenly_are_refused(
+    text: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    model, output = make(tmp_path / "mixtral", "mixtral"), tmp_path / "run" / "scores.safetensors"
+    for axis in ("expert", "expert_tensor"):
+        settings = (EXPERT_SCORES, f"parallel.{axis}=2", "data.num_samples=11")
+        told = world.run(2, run_on_rank, model, text, output, *settings, timeout=30.0)
+        assert "11 samples in steps of 4 do not split evenly over 2 data-parallel ranks" in told[0]
 
 
 def save(model: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from megascore.errors import LayoutError
 from megascore.mcore.architecture import Experts
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig
-from megascore.mcore.layout import check_divisible, check_sequence_length, layers_of_chunks
+from megascore.mcore.layout import check_divisible, check_sequence_length, exchanges_tokens, layers_of_chunks
 from megascore.scoring.config import ParallelConfig
 
 SMOLLM2 = HuggingFaceModelConfig(
@@ -64,6 +64,26 @@ def test_experts_are_split_by_the_axes_of_experts() -> None:
         check_divisible(model, ParallelConfig(expert=4))
     with pytest.raises(LayoutError, match=r"expert_tensor=2 does not divide the model's 9 channels of each expert"):
         check_divisible(model, ParallelConfig(expert_tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        (ParallelConfig(), False),
+        (ParallelConfig(tensor=4, pipeline=2), False),
+        (ParallelConfig(expert=2), True),
+        (ParallelConfig(expert_tensor=2), True),
+        (ParallelConfig(tensor=4, expert=2, expert_tensor=2), False),
+        (ParallelConfig(tensor=2, context=2, expert=4), False),
+        (ParallelConfig(tensor=2, expert=2, expert_tensor=2), True),
+        # Experts of ranks (0, 1), (2, 3), (4, 5); dense layers of ranks (0, 1, 2), (3, 4, 5).
+        (ParallelConfig(tensor=3, expert=2), True),
+    ],
+)
+def test_experts_that_lie_inside_one_copy_of_the_dense_layers_exchange_no_tokens(
+    parallel: ParallelConfig, expected: bool
+) -> None:
+    assert exchanges_tokens(parallel) is expected
 
 
 def test_a_dense_model_has_no_experts_to_spread() -> None:
