@@ -10,10 +10,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megascore.mcore import spec
+from megascore.mcore.build import load_model
 from megascore.mcore.huggingface.config import read_config
-from megascore.scoring.config import ParallelConfig
+from megascore.mcore.world import parallel_world
+from megascore.scoring.config import ModelConfig, ParallelConfig
+from tests.mcore.expert_model import Variant, experts_spec
 from tests.mcore.test_load import bytes_read
-from tests.mcore.test_logits import NUM_SAMPLES, SEQUENCE_LENGTH, Output, relative_difference, run_models
+from tests.mcore.test_logits import (
+    CPU,
+    NUM_SAMPLES,
+    SEQUENCE_LENGTH,
+    TIMEOUT,
+    Output,
+    relative_difference,
+    run,
+    run_models,
+)
 from tests.models import reference_logits, reference_loss, save_checkpoint
 from tests.pool import WorkerPool
 
@@ -106,3 +119,35 @@ def test_layers_with_experts_are_those_that_transformers_has_them_in(directories
     assert layers("mixtral") == "1111"
     assert layers("qwen3_moe with dense layers") == "1011"
     assert layers("qwen3_moe, normalized") == "0101"
+
+
+def run_grouped(directory: Path, parallel: ParallelConfig, tokens: Tensor) -> Output:
+    """Run a model whose experts are one grouped layer, as with Transformer Engine, by a stand-in for that layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = spec.get_gpt_decoder_block_spec
+
+        def grouped(*args: Any, **kwargs: Any) -> Any:
+            block = original(*args, **kwargs)
+            for layer in block.layer_specs:
+                layer.submodules.mlp.submodules.experts = experts_spec(Variant(experts="te_grouped"), None)
+            return block
+
+        patch.setattr(spec, "get_gpt_decoder_block_spec", grouped)
+        return run_one_by_one(directory, parallel, tokens)
+
+
+def run_one_by_one(directory: Path, parallel: ParallelConfig, tokens: Tensor) -> Output:
+    with parallel_world(parallel, CPU, TIMEOUT):
+        chunks = load_model(ModelConfig(hf=str(directory), dtype="float64"), parallel, CPU, SEQUENCE_LENGTH)
+        return run(chunks, tokens, compute_loss=True)
+
+
+def test_grouped_experts_are_loaded_as_the_others_are(
+    world: WorkerPool, directories: dict[str, Path], tokens: Tensor
+) -> None:
+    parallel = ParallelConfig(tensor=2, sequence=True, expert_tensor=2)
+    one_by_one = world.run(2, run_one_by_one, directories["mixtral"], parallel, tokens)[0].logits
+    at_once = world.run(2, run_grouped, directories["mixtral"], parallel, tokens)[0].logits
+    assert one_by_one is not None
+    assert at_once is not None
+    assert relative_difference(at_once, one_by_one) < 1e-12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-__all__ = ["save_torch_dist", "training_args"]
+__all__ = ["Colour", "save_torch_dist", "training_args"]
+
+
+class Colour(enum.Enum):
+    """Something that only the program that saved a checkpoint knows."""
+
+    RED = 1
 
 
 def save_torch_dist(
