@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["FAMILIES", "reference_logits", "reference_loss", "save_checkpoint"]
+__all__ = ["DENSE_FAMILIES", "FAMILIES", "reference_logits", "reference_loss", "save_checkpoint"]
 
 SIZES = {
     "hidden_size": 64,
@@ -23,12 +23,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 24, "tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "qwen3": {"head_dim": 32, "tie_word_embeddings": False},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "head_dim": 24,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+    },
 }
 """One variant of each family: biases, tied embeddings, head sizes and rotary base differ between them."""
+DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def save_checkpoint(
-    directory: Path, family: str, *, seed: int = 0, max_shard_size: str = "5GB", **changes: Any
+    directory: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    fused_experts: bool = False,
+    **changes: Any,
 ) -> Path:
     """Make a random model of a family and save it.
 
@@ -37,6 +54,7 @@ def save_checkpoint(
         family: Key of `FAMILIES`.
         seed: Of the weights.
         max_shard_size: Of the safetensors files.
+        fused_experts: Save the experts of a layer in one tensor, as transformers 5 has them in memory.
         changes: Config values other than those of `SIZES` and `FAMILIES`.
 
     Returns:
@@ -52,7 +70,8 @@ def save_checkpoint(
             # transformers starts norms at one and biases at zero, where a mistake in loading them would not show.
             spread = 0.1 if "proj" in name or "embed" in name or "lm_head" in name else 0.3
             parameter.normal_(1.0 if "norm" in name else 0.0, spread)
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    form = {"save_original_format": False} if fused_experts else {}
+    model.save_pretrained(directory, max_shard_size=max_shard_size, **form)
     return directory
 
 

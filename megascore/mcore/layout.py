@@ -2,27 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
+from typing import Protocol
 
 from megascore.errors import LayoutError
-from megascore.mcore.huggingface.config import HuggingFaceModelConfig
 from megascore.scoring.config import ParallelConfig
 
-__all__ = ["check_divisible", "check_sequence_length", "layers_of_chunks"]
+__all__ = [
+    "ExpertSizes",
+    "ModelSizes",
+    "check_divisible",
+    "check_sequence_length",
+    "exchanges_tokens",
+    "layers_of_chunks",
+]
 
 
-def check_divisible(config: HuggingFaceModelConfig, parallel: ParallelConfig) -> None:
+class ExpertSizes(Protocol):
+    """What a layout splits in routed experts."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer."""
+
+    @property
+    def ffn_size(self) -> int:
+        """Channels inside each expert."""
+
+    @property
+    def layers(self) -> Sequence[bool]:
+        """Which layers have experts."""
+
+
+class ModelSizes(Protocol):
+    """What a layout splits in a model."""
+
+    @property
+    def model_type(self) -> str:
+        """What the model is called in messages."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads."""
+
+    @property
+    def ffn_size(self) -> int:
+        """Channels inside a dense MLP."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+
+    @property
+    def experts(self) -> ExpertSizes | None:
+        """Routed experts; None in a dense model."""
+
+
+def check_divisible(config: ModelSizes, parallel: ParallelConfig) -> None:
     """Check that every size that the layout splits can be split.
 
     Raises:
-        LayoutError: heads, KV heads, FFN, vocabulary or layers do not divide; the text names the degrees that would do.
+        LayoutError: heads, KV heads, FFN, vocabulary, experts or layers do not divide; the text names the degrees that
+            would do.
     """
     sizes = {
         "attention heads": config.num_heads,
         "KV heads": config.num_kv_heads,
-        "FFN channels": config.ffn_size,
         "vocabulary entries": config.vocab_size,
     }
+    if config.experts is None or not all(config.experts.layers):
+        sizes["FFN channels"] = config.ffn_size
     failing = [f"{size} {name}" for name, size in sizes.items() if size % parallel.tensor]
     if failing:
         would_do = ", ".join(str(degree) for degree in _divisors(gcd(*sizes.values())))
@@ -30,12 +88,33 @@ def check_divisible(config: HuggingFaceModelConfig, parallel: ParallelConfig) ->
             f"parallel.tensor={parallel.tensor} does not divide the model's {' and '.join(failing)}; "
             f"tensor sizes that would do: {would_do}."
         )
-    if parallel.expert > 1 or parallel.expert_tensor > 1:
-        raise LayoutError(
-            f"parallel.expert={parallel.expert}, parallel.expert_tensor={parallel.expert_tensor}: "
-            f"a {config.model_type} model has no experts; set both to 1."
-        )
+    _check_experts(config, parallel)
     layers_of_chunks(config.num_layers, parallel)
+
+
+def _check_experts(config: ModelSizes, parallel: ParallelConfig) -> None:
+    if config.experts is None:
+        if parallel.expert > 1 or parallel.expert_tensor > 1:
+            raise LayoutError(
+                f"parallel.expert={parallel.expert}, parallel.expert_tensor={parallel.expert_tensor}: "
+                f"a {config.model_type} model has no experts; set both to 1."
+            )
+        return
+    for axis, degree, size, what in (
+        ("expert", parallel.expert, config.experts.num_experts, "experts"),
+        ("expert_tensor", parallel.expert_tensor, config.experts.ffn_size, "channels of each expert"),
+    ):
+        if size % degree:
+            would_do = ", ".join(map(str, _divisors(size)))
+            raise LayoutError(
+                f"parallel.{axis}={degree} does not divide the model's {size} {what}; sizes that would do: {would_do}."
+            )
+
+
+def exchanges_tokens(parallel: ParallelConfig) -> bool:
+    """Whether experts are spread over data-parallel ranks, which then exchange tokens in every forward pass."""
+    # Both cut the same row of ranks into blocks of neighbours: copies of the dense layers, and copies of the experts.
+    return parallel.tensor * parallel.context % (parallel.expert * parallel.expert_tensor) != 0
 
 
 def check_sequence_length(sequence_length: int, parallel: ParallelConfig) -> None:

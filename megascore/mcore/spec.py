@@ -5,18 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascore.mcore.compat import has_transformer_engine
 from megascore.mcore.context_parallel import GatheringAttention
 
-__all__ = ["TorchNorm", "block_spec"]
+__all__ = ["TorchNorm", "block_spec", "uses_grouped_experts"]
 
 
 class TorchNorm:
@@ -45,9 +41,28 @@ def block_spec(config: TransformerConfig, device: torch.device, chunk: int | Non
     Returns:
         The ``transformer_layer_spec`` of a ``GPTModel``.
     """
-    if device.type == "cuda" and has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    if _uses_transformer_engine(device):
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=chunk
+    )
+    for layer in block.layer_specs:
+        _use_torch_modules(layer, context_parallel=config.context_parallel_size > 1)
+    block.layer_norm = TorchNorm
+    return block
+
+
+def uses_grouped_experts(device: torch.device) -> bool:
+    """Whether the experts of a layer are one grouped layer of Transformer Engine's, rather than a list of MLPs."""
+    return _uses_transformer_engine(device)
+
+
+def _uses_transformer_engine(device: torch.device) -> bool:
+    return device.type == "cuda" and has_transformer_engine()
+
+
+def _use_torch_modules(layer: Any, *, context_parallel: bool) -> None:
+    """Change a layer's spec in place; the layers of a block share it, so it may have been changed already."""
     attention = layer.submodules.self_attention.submodules
     for owner, name in (
         (layer.submodules, "input_layernorm"),
@@ -57,7 +72,5 @@ def block_spec(config: TransformerConfig, device: torch.device, chunk: int | Non
     ):
         if getattr(owner, name) is not IdentityOp:
             setattr(owner, name, TorchNorm)
-    if config.context_parallel_size > 1:
+    if context_parallel:
         attention.core_attention = GatheringAttention
-    num_layers = get_num_layers_to_build(config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchNorm)

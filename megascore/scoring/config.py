@@ -30,13 +30,20 @@ class ModelConfig:
     """The model whose parts are scored."""
 
     hf: str | None = None
-    """Hugging Face checkpoint directory (config.json, *.safetensors, tokenizer files)."""
+    """Hugging Face checkpoint directory (config.json, *.safetensors, tokenizer files). Beside ``load`` its config and
+    tokenizer are used, not its weights; beside ``provider`` its tokenizer."""
+    load: str | None = None
+    """Megatron checkpoint in the torch_dist format: the folder of an iteration, or the one above with the latest."""
+    provider: str | None = None
+    """``package.module:function`` that returns the model of a rank, such as Megatron-LM's ``model_provider``."""
     dtype: str = "bfloat16"
     """Data type of weights and activations: float32, bfloat16, float16 or float64."""
 
     def __post_init__(self) -> None:
         """Check values that do not depend on other sections."""
         _require_one_of("model.dtype", self.dtype, DTYPES)
+        if self.provider is not None and ":" not in self.provider:
+            raise ConfigError(f"model.provider is '{self.provider}': expected package.module:function.")
 
 
 @dataclass

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["weights_fingerprint"]
+__all__ = ["sampled_digest", "weights_fingerprint"]
 
 SAMPLE_BYTES = 4096
 """Bytes read at the start, middle and end of each tensor's data."""
@@ -38,10 +39,15 @@ def _tensor_entries(path: Path) -> list[bytes]:
         for name, tensor in header.items():
             if name == "__metadata__":
                 continue
-            begin, end = tensor["data_offsets"]
-            digest = hashlib.sha256()
-            for position in (begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)):
-                file.seek(start_of_data + position)
-                digest.update(file.read(min(SAMPLE_BYTES, end - position)))
-            entries.append(f"{name} {tensor['dtype']} {tensor['shape']} {digest.hexdigest()}".encode())
+            begin, end = (start_of_data + offset for offset in tensor["data_offsets"])
+            entries.append(f"{name} {tensor['dtype']} {tensor['shape']} {sampled_digest(file, begin, end)}".encode())
         return entries
+
+
+def sampled_digest(file: BinaryIO, begin: int, end: int) -> str:
+    """Return a SHA-256 over samples at the start, middle and end of a range of bytes."""
+    digest = hashlib.sha256()
+    for position in (begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)):
+        file.seek(position)
+        digest.update(file.read(min(SAMPLE_BYTES, end - position)))
+    return digest.hexdigest()

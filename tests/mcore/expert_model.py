@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megascore.scoring.config import ParallelConfig
 
-__all__ = ["NUM_EXPERTS", "SIZES", "UNREACHABLE", "Variant", "build_expert_model"]
+__all__ = ["NUM_EXPERTS", "SIZES", "UNREACHABLE", "Variant", "build_expert_model", "experts_spec"]
 
 SIZES = {"hidden": 32, "heads": 4, "ffn": 48, "moe_ffn": 24, "shared_ffn": 40, "vocab": 64, "sequence": 16}
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 4, 8, 2
@@ -105,7 +105,7 @@ def _block_spec(config: Any, variant: Variant) -> Any:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
         if config.context_parallel_size > 1:
             layer.submodules.self_attention.submodules.core_attention = GatheringAttention
-    moe.submodules.mlp.submodules.experts = _experts_spec(variant, moe.submodules.mlp.submodules.experts)
+    moe.submodules.mlp.submodules.experts = experts_spec(variant, moe.submodules.mlp.submodules.experts)
     layers = [dense] + [moe] * (NUM_LAYERS - 1)
     first = get_transformer_layer_offset(config)
     return TransformerBlockSubmodules(
@@ -113,7 +113,8 @@ def _block_spec(config: Any, variant: Variant) -> Any:
     )
 
 
-def _experts_spec(variant: Variant, sequential: Any) -> Any:
+def experts_spec(variant: Variant, sequential: Any) -> Any:
+    """Return what the experts of a layer are built of; ``sequential`` where the variant has no grouped ones."""
     from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe import experts
     from megatron.core.transformer.spec_utils import ModuleSpec

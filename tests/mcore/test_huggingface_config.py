@@ -109,7 +109,10 @@ def test_sliding_windows_are_in_the_layers_that_have_them(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gpt2"},
+            r"model_type 'gpt2' is not supported; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"hidden_act": "gelu"}, r"hidden_act=gelu is not supported; supported: silu"),
         ({"hidden_size": "absent"}, r"config.json: hidden_size is None: expected a whole number"),
         ({"vocab_size": 0}, r"vocab_size is 0"),
@@ -139,3 +142,30 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read as JSON"):
         read_config(tmp_path)
+
+
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4}
+QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def test_the_number_of_experts_is_read_under_both_names(tmp_path: Path) -> None:
+    for key in ("num_experts", "num_local_experts"):
+        experts = read_config(write(tmp_path, **{**QWEN3_MOE, "num_experts": "absent", key: 6})).experts
+        assert experts is not None
+        assert (experts.num_experts, experts.top_k, experts.ffn_size, experts.normalized) == (6, 2, 32, False)
+    assert read_config(write(tmp_path, "llama")).experts is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**MIXTRAL, "num_experts_per_tok": 5}, r"num_experts_per_tok=5 is more than the model's 4 experts"),
+        ({**MIXTRAL, "num_experts_per_tok": 1}, r"num_experts_per_tok=1 with weights that sum to one"),
+        ({**MIXTRAL, "num_local_experts": "four"}, r"num_local_experts is four: expected a whole number"),
+        ({**QWEN3_MOE, "mlp_only_layers": [0, 1, 2, 3]}, r"mlp_only_layers=\[0, 1, 2, 3\] leave no layer with experts"),
+        ({**QWEN3_MOE, "attention_bias": True}, r"attention_bias=True is not supported"),
+    ],
+)
+def test_experts_that_megatron_cannot_have_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_config(write(tmp_path, **values))

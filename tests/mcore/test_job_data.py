@@ -127,7 +127,7 @@ def test_token_ids_need_no_tokenizer_and_are_checked_against_the_vocabulary(mode
     told = run(folder, tmp_path / "other.safetensors", data)
     assert told is not None
     assert told.startswith(DataError.__name__)
-    assert "ids.npy gives token 128, but the model in" in told
+    assert "ids.npy gives token 128, but the model weights alone has 128 tokens" in told
 
 
 def test_documents_that_predict_nothing_have_no_loss(model: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megascore.errors import LayoutError
+from megascore.mcore.architecture import Experts
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig
-from megascore.mcore.layout import check_divisible, check_sequence_length, layers_of_chunks
+from megascore.mcore.layout import check_divisible, check_sequence_length, exchanges_tokens, layers_of_chunks
 from megascore.scoring.config import ParallelConfig
 
 SMOLLM2 = HuggingFaceModelConfig(
@@ -53,6 +54,36 @@ def test_sizes_that_do_not_split_are_named_with_those_that_would_do(
 
 def test_a_layout_that_fits_passes() -> None:
     check_divisible(SMOLLM2, ParallelConfig(tensor=3, sequence=True, pipeline=2))
+
+
+def test_experts_are_split_by_the_axes_of_experts() -> None:
+    experts = Experts(num_experts=6, ffn_size=9, layers=(True,) * 30)
+    model = replace(SMOLLM2, ffn_size=1537, experts=experts)  # type: ignore[arg-type]
+    check_divisible(model, ParallelConfig(tensor=3, expert=2, expert_tensor=3))
+    with pytest.raises(LayoutError, match=r"expert=4 does not divide the model's 6 experts; .* would do: 1, 2, 3, 6"):
+        check_divisible(model, ParallelConfig(expert=4))
+    with pytest.raises(LayoutError, match=r"expert_tensor=2 does not divide the model's 9 channels of each expert"):
+        check_divisible(model, ParallelConfig(expert_tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        (ParallelConfig(), False),
+        (ParallelConfig(tensor=4, pipeline=2), False),
+        (ParallelConfig(expert=2), True),
+        (ParallelConfig(expert_tensor=2), True),
+        (ParallelConfig(tensor=4, expert=2, expert_tensor=2), False),
+        (ParallelConfig(tensor=2, context=2, expert=4), False),
+        (ParallelConfig(tensor=2, expert=2, expert_tensor=2), True),
+        # Experts of ranks (0, 1), (2, 3), (4, 5); dense layers of ranks (0, 1, 2), (3, 4, 5).
+        (ParallelConfig(tensor=3, expert=2), True),
+    ],
+)
+def test_experts_that_lie_inside_one_copy_of_the_dense_layers_exchange_no_tokens(
+    parallel: ParallelConfig, expected: bool
+) -> None:
+    assert exchanges_tokens(parallel) is expected
 
 
 def test_a_dense_model_has_no_experts_to_spread() -> None:

@@ -63,7 +63,11 @@ def test_every_parameter_name_leads_to_its_rule_and_layer() -> None:
     assert found is not None
     assert found[0].per_kv_head
     assert found[1] == 12
-    assert find_rule("decoder.layers.0.mlp.router.weight") is None
+    sequential = find_rule("decoder.layers.0.mlp.experts.local_experts.3.linear_fc2.weight")
+    assert sequential is not None
+    assert sequential.expert == 3
+    assert sequential == find_rule("decoder.layers.0.mlp.experts.linear_fc2.weight3")
+    assert find_rule("decoder.layers.0.mlp.shared_experts.linear_fc1.weight") is None
     names = [name for rule in RULES for name in rule.parameters]
     assert len(names) == len(set(names))
 

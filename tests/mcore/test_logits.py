@@ -19,7 +19,7 @@ from megascore.mcore.huggingface.config import read_config
 from megascore.mcore.schedule import forward_only
 from megascore.mcore.world import parallel_world
 from megascore.scoring.config import ModelConfig, ParallelConfig
-from tests.models import FAMILIES, reference_logits, reference_loss, save_checkpoint
+from tests.models import DENSE_FAMILIES, reference_logits, reference_loss, save_checkpoint
 from tests.pool import WorkerPool
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in FAMILIES},
+    **{family: (family, {}) for family in DENSE_FAMILIES},
     "llama 3": (
         "llama",
         {"attention_bias": False, "mlp_bias": True, "head_dim": 64, "rope_parameters": LLAMA3},

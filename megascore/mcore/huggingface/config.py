@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megascore.errors import ModelError
+from megascore.mcore.huggingface.config_values import ConfigValues, UnsupportedModelError
+from megascore.mcore.huggingface.expert_config import (
+    HuggingFaceExperts,
+    read_mixtral_experts,
+    read_qwen3_experts,
+)
 
-__all__ = ["HuggingFaceModelConfig", "read_config"]
+__all__ = ["FAMILIES", "HuggingFaceModelConfig", "read_config"]
 
 MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron's ``rope_scaling`` has built in; only the factor can be chosen."""
@@ -18,7 +24,7 @@ MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "origin
 
 @dataclass(frozen=True)
 class HuggingFaceModelConfig:
-    """Shape and variant of a dense decoder of the Llama family."""
+    """Shape and variant of a decoder of the Llama family, dense or with routed experts in some layers."""
 
     model_type: str
     num_layers: int
@@ -43,6 +49,8 @@ class HuggingFaceModelConfig:
     sliding_window: int | None
     """Keys that a query sees, itself included, in the layers of `sliding_layers`; None where all see everything."""
     sliding_layers: tuple[bool, ...]
+    experts: HuggingFaceExperts | None = None
+    """Routed experts; None in a dense model."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +61,26 @@ class _Family:
     """Whether q, k and v have biases whatever ``attention_bias`` says."""
     qk_norm: bool = False
     can_slide: bool = False
+    slides_everywhere: bool = False
+    """Whether a window holds in all layers, whatever ``max_window_layers`` says."""
+    read_experts: Callable[[ConfigValues, int], HuggingFaceExperts] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
     "llama": _Family(),
     "mistral": _Family(
-        can_slide=True, defaults={"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 0}
+        can_slide=True, slides_everywhere=True, defaults={"sliding_window": 4096, "use_sliding_window": True}
+    ),
+    "mixtral": _Family(
+        can_slide=True,
+        slides_everywhere=True,
+        read_experts=read_mixtral_experts,
+        defaults={"use_sliding_window": True, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
     ),
     "qwen2": _Family(qkv_bias=True, can_slide=True),
     "qwen3": _Family(qk_norm=True, can_slide=True, defaults={"head_dim": 128}),
+    "qwen3_moe": _Family(qk_norm=True, can_slide=True, slides_everywhere=True, read_experts=read_qwen3_experts),
 }
 
 
@@ -76,19 +94,17 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
         ModelError: no directory, no readable config.json, a key missing, an architecture or a variant that is not
             supported.
     """
-    path = _config_file(directory)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    path, raw = _read_json(directory)
+    model_type = raw.get("model_type")
     if model_type not in FAMILIES:
-        raise ModelError(f"{path}: model_type '{model_type}' is not supported; supported: {', '.join(FAMILIES)}.")
+        raise UnsupportedModelError(
+            f"{path}: model_type '{model_type}' is not supported; supported: {', '.join(FAMILIES)}."
+        )
     family = FAMILIES[model_type]
-    values = _Values(path, {**family.defaults, **raw})
+    values = ConfigValues(path, {**family.defaults, **raw})
     values.refuse_unless("hidden_act", "silu", default="silu")
     if values.get("quantization_config") is not None:
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{path}: quantized checkpoints are not supported: give the model in float32, float16 or bfloat16."
         )
     num_layers = values.positive("num_hidden_layers")
@@ -117,7 +133,19 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
         qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=sliding_layers,
+        experts=None if family.read_experts is None else family.read_experts(values, num_layers),
     )
+
+
+def _read_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
+    path = _config_file(directory)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds {type(raw).__name__}, expected an object with a model_type.")
+    return path, raw
 
 
 def _config_file(directory: str | Path) -> Path:
@@ -131,68 +159,45 @@ def _config_file(directory: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Values:
-    """Values of a config.json; null counts as missing, as in transformers."""
-
-    path: Path
-    raw: Mapping[str, Any]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.raw.get(key)
-        return default if value is None else value
-
-    def positive(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise ModelError(f"{self.path}: {key} is {value}: expected a whole number of at least 1.")
-        return value
-
-    def refuse_unless(self, key: str, supported: Any, default: Any) -> None:
-        value = self.get(key, default)
-        if value != supported:
-            raise ModelError(f"{self.path}: {key}={value} is not supported; supported: {supported}.")
-
-
-@dataclass(frozen=True)
 class _Rope:
     theta: float
     llama3_factor: float | None = None
     linear_factor: float | None = None
 
 
-def _rope(values: _Values) -> _Rope:
+def _rope(values: ConfigValues) -> _Rope:
     """Rotary settings: transformers 5 has them under rope_parameters, older ones under rope_theta and rope_scaling."""
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    settings = _Values(values.path, given)
+    settings = ConfigValues(values.path, given)
     theta = float(settings.get("rope_theta", values.get("rope_theta", 10000.0)))
-    _Values(values.path, {**values.raw, **given}).refuse_unless("partial_rotary_factor", 1.0, default=1.0)
+    ConfigValues(values.path, {**values.raw, **given}).refuse_unless("partial_rotary_factor", 1.0, default=1.0)
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
         return _Rope(theta)
     if kind == "linear":
         return _Rope(theta, linear_factor=float(settings.get("factor", 1.0)))
     if kind != "llama3":
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{values.path}: rotary scaling '{kind}' is not supported; supported: default, linear, llama3."
         )
     for key, built_in in MEGATRON_LLAMA3_ROPE.items():
         found = settings.get(key)
         if found != built_in:
-            raise ModelError(
+            raise UnsupportedModelError(
                 f"{values.path}: rotary scaling 'llama3' with {key}={found} is not supported: "
                 f"Megatron-Core has {built_in} built in."
             )
     return _Rope(theta, llama3_factor=float(settings.get("factor", 8.0)))
 
 
-def _sliding(values: _Values, family: _Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _sliding(values: ConfigValues, family: _Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The window, and which layers have it: said by layer_types, or from max_window_layers on."""
     window = values.raw.get("sliding_window")
     nowhere = (False,) * num_layers
     if not family.can_slide or window is None or not values.get("use_sliding_window", False):
         return None, nowhere
-    kinds = values.get("layer_types")
-    first = values.get("max_window_layers", 28)
+    kinds = None if family.slides_everywhere else values.get("layer_types")
+    first = 0 if family.slides_everywhere else values.get("max_window_layers", 28)
     if kinds is None:
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
     if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:

@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from megascore.errors import ModelError
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig
 from megascore.mcore.huggingface.tensors import (
+    Found,
     Rule,
     Source,
     all_sources,
     find_rule,
+    has_fused_experts,
     is_known_extra,
     sizes_of,
     sources_of,
@@ -69,24 +71,38 @@ class Checkpoint:
             ModelError: a tensor is missing, or has another shape or type than the config says.
         """
         sizes = sizes_of(config)
-        needed = {source.name: tuple(sizes[size] for size in source.shape) for source in all_sources(config)}
+        sources = all_sources(config, fused=self.has_fused_experts(config))
+        needed = {source.name: tuple(sizes[size] for size in source.shape) for source in sources}
         for name, shape in needed.items():
             self._check_tensor(name, shape)
         extra = sorted(name for name in self._reader_of if name not in needed and not is_known_extra(name, config))
         if extra:
             logger.warning("%s: %d tensors are not used, such as %s", self.directory, len(extra), ", ".join(extra[:5]))
 
-    def read(self, name: str, dim: int | None, part: int, num_parts: int) -> torch.Tensor:
-        """Read one of equal parts of a tensor along a dimension; all of it where ``dim`` is None."""
-        part_of = self._reader_of[name][1].get_slice(name)
-        if dim is None:
-            share: torch.Tensor = part_of[...]
-        else:
-            size = part_of.get_shape()[dim] // num_parts
-            window = slice(part * size, (part + 1) * size)
-            share = part_of[window] if dim == 0 else part_of[:, window]
+    def has_fused_experts(self, config: HuggingFaceModelConfig) -> bool:
+        """Whether the experts of a layer are in one tensor, rather than each in its own."""
+        return has_fused_experts(config, frozenset(self._reader_of))
+
+    def read(self, source: Source, dim: int | None, part: int, num_parts: int) -> torch.Tensor:
+        """Read one of equal parts of a source along a dimension; all of it where ``dim`` is None.
+
+        Returns:
+            A vector or a matrix: of experts in one tensor, what is meant of one of them.
+        """
+        part_of = self._reader_of[source.name][1].get_slice(source.name)
+        shape = part_of.get_shape()
+        ranges = [slice(0, size) for size in shape]
+        parts = list(enumerate(source.parts))
+        if dim is not None:
+            # The leading dimension of experts in one tensor is no dimension of one expert.
+            parts.append((dim + max(0, len(shape) - 2) if source.parts else dim, (part, num_parts)))
+        for position, (number, total) in parts:
+            size = (ranges[position].stop - ranges[position].start) // total
+            start = ranges[position].start + number * size
+            ranges[position] = slice(start, start + size)
+        share: torch.Tensor = part_of[tuple(ranges)]
         self.num_bytes_read += share.nbytes
-        return share
+        return share.flatten(0, -2) if share.dim() > 2 else share
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._reader_of:
@@ -126,20 +142,31 @@ def load_weights(chunks: Sequence[torch.nn.Module], config: HuggingFaceModelConf
     """
     with Checkpoint(directory) as checkpoint:
         checkpoint.check(config)
+        fused = checkpoint.has_fused_experts(config)
         for chunk in chunks:
-            for parameter, rule, layer in _parameters(chunk):
-                _fill(parameter, rule, sources_of(rule, config, layer), checkpoint, config)
+            for parameter, found in _parameters(chunk):
+                sources = sources_of(found.rule, config, found.layer, _global_expert(found, config), fused=fused)
+                _fill(parameter, found.rule, sources, checkpoint, config)
         return checkpoint.num_bytes_read
 
 
-def _parameters(chunk: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Rule, int | None]]:
+def _parameters(chunk: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Found]]:
     """Each parameter once, with its rule and the global number of its layer."""
     for name, parameter in chunk.named_parameters():
         found = find_rule(name)
         assert found is not None, f"no rule says where Megatron parameter '{name}' comes from"
-        rule, local_layer = found
         layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
-        yield parameter, rule, None if local_layer is None else layers[local_layer].layer_number - 1
+        layer = None if found.layer is None else layers[found.layer].layer_number - 1
+        yield parameter, found._replace(layer=layer)
+
+
+def _global_expert(found: Found, config: HuggingFaceModelConfig) -> int | None:
+    if found.expert is None:
+        return None
+    assert config.experts is not None
+    num_local: int = config.experts.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    rank: int = parallel_state.get_expert_model_parallel_rank()
+    return rank * num_local + found.expert
 
 
 @torch.no_grad()
@@ -153,9 +180,13 @@ def _fill(
     if not sources:
         parameter.zero_()
         return
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    num_ranks = parallel_state.get_tensor_model_parallel_world_size()
-    shares = [checkpoint.read(source.name, rule.split_dim, rank, num_ranks) for source in sources]
+    if rule.per_expert:
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+        num_ranks = parallel_state.get_expert_tensor_parallel_world_size()
+    else:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        num_ranks = parallel_state.get_tensor_model_parallel_world_size()
+    shares = [checkpoint.read(source, rule.split_dim, rank, num_ranks) for source in sources]
     value = weave(shares, config.num_kv_heads // num_ranks) if rule.per_kv_head else torch.cat(shares)
     assert value.shape == parameter.shape, f"{rule.parameters[0]}: {tuple(value.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(value)

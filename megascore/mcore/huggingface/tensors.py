@@ -8,17 +8,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig
+from megascore.mcore.huggingface.expert_config import HuggingFaceExperts
 
-__all__ = ["RULES", "Rule", "Source", "all_sources", "find_rule", "is_known_extra", "sizes_of", "sources_of", "weave"]
+__all__ = [
+    "RULES",
+    "Found",
+    "Rule",
+    "Source",
+    "all_sources",
+    "find_rule",
+    "has_fused_experts",
+    "is_known_extra",
+    "sizes_of",
+    "sources_of",
+    "weave",
+]
 
 LAYER = "decoder.layers.{layer}."
 HF_LAYER = "model.layers.{layer}."
 LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.")
+# Megatron's two ways to have experts: a list of MLPs, and Transformer Engine's grouped layers.
+EXPERT_PARAMETER = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(?P<number>\d+)\.(?P<linear>linear_fc[12])\.weight"
+    r"|(?P<grouped_linear>linear_fc[12])\.weight(?P<grouped_number>\d+))$"
+)
+FUSED_GATE_UP, FUSED_DOWN = HF_LAYER + "mlp.experts.gate_up_proj", HF_LAYER + "mlp.experts.down_proj"
 
 
 @dataclass(frozen=True)
@@ -27,6 +47,8 @@ class Source:
 
     name: str
     shape: tuple[str, ...]
+    parts: tuple[tuple[int, int], ...] = ()
+    """Where only a part of the tensor is meant: of each leading dimension, which of how many equal parts."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,20 @@ class Rule:
     """Whether the rows of the sources take turns for each KV head, rather than following one another."""
     only_if: str | None = None
     """Field of the config that says whether the checkpoint has the sources. Where not, the parameter is zero."""
+    of_experts: bool | None = None
+    """Whether only layers with experts, or only those without, have it; None for all."""
+    per_expert: bool = False
+    """Whether each expert has one, split by expert tensor parallelism."""
+
+
+class Found(NamedTuple):
+    """What a parameter's name tells."""
+
+    rule: Rule
+    layer: int | None
+    """Number of its layer on this rank; None outside of layers."""
+    expert: int | None = None
+    """Number of its expert on this rank; None outside of experts."""
 
 
 def _layer_rule(
@@ -52,6 +88,8 @@ def _layer_rule(
     *,
     per_kv_head: bool = False,
     only_if: str | None = None,
+    of_experts: bool | None = None,
+    per_expert: bool = False,
 ) -> Rule:
     given = (names,) if isinstance(names, str) else names
     return Rule(
@@ -60,6 +98,8 @@ def _layer_rule(
         split_dim,
         per_kv_head,
         only_if,
+        of_experts,
+        per_expert,
     )
 
 
@@ -109,33 +149,57 @@ RULES = (
         "mlp.linear_fc1.weight",
         {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
         0,
+        of_experts=False,
     ),
     _layer_rule(
-        "mlp.linear_fc1.bias", {"mlp.gate_proj.bias": ("ffn",), "mlp.up_proj.bias": ("ffn",)}, 0, only_if="mlp_bias"
+        "mlp.linear_fc1.bias",
+        {"mlp.gate_proj.bias": ("ffn",), "mlp.up_proj.bias": ("ffn",)},
+        0,
+        only_if="mlp_bias",
+        of_experts=False,
     ),
-    _layer_rule("mlp.linear_fc2.weight", {"mlp.down_proj.weight": ("hidden", "ffn")}, 1),
-    _layer_rule("mlp.linear_fc2.bias", {"mlp.down_proj.bias": ("hidden",)}, None, only_if="mlp_bias"),
+    _layer_rule("mlp.linear_fc2.weight", {"mlp.down_proj.weight": ("hidden", "ffn")}, 1, of_experts=False),
+    _layer_rule("mlp.linear_fc2.bias", {"mlp.down_proj.bias": ("hidden",)}, None, only_if="mlp_bias", of_experts=False),
+    _layer_rule("mlp.router.weight", {"{router}": ("experts", "hidden")}, None, of_experts=True),
+    _layer_rule(
+        "mlp.experts.linear_fc1",
+        {"{gate}": ("expert_ffn", "hidden"), "{up}": ("expert_ffn", "hidden")},
+        0,
+        of_experts=True,
+        per_expert=True,
+    ),
+    _layer_rule("mlp.experts.linear_fc2", {"{down}": ("hidden", "expert_ffn")}, 1, of_experts=True, per_expert=True),
     Rule(("decoder.final_layernorm.weight",), (Source("model.norm.weight", ("hidden",)),), None),
     Rule(("output_layer.weight",), (HEAD,), 0),
 )
 _RULE_OF = {name: rule for rule in RULES for name in rule.parameters}
 
 
-def find_rule(parameter: str) -> tuple[Rule, int | None] | None:
-    """The rule for a Megatron parameter, and the local layer number in its name; None where there is no rule."""
+def find_rule(parameter: str) -> Found | None:
+    """The rule for a Megatron parameter, with the numbers in its name; None where there is no rule."""
     match = LAYER_PARAMETER.match(parameter)
-    name = parameter if match is None else LAYER + parameter[match.end() :]
-    rule = _RULE_OF.get(name)
-    return None if rule is None else (rule, None if match is None else int(match.group(1)))
+    if match is None:
+        rule = _RULE_OF.get(parameter)
+        return None if rule is None else Found(rule, None)
+    name, expert = parameter[match.end() :], None
+    if (of_expert := EXPERT_PARAMETER.match(name)) is not None:
+        name = f"mlp.experts.{of_expert['linear'] or of_expert['grouped_linear']}"
+        expert = int(of_expert["number"] or of_expert["grouped_number"])
+    rule = _RULE_OF.get(LAYER + name)
+    return None if rule is None else Found(rule, int(match.group(1)), expert)
 
 
-def sources_of(rule: Rule, config: HuggingFaceModelConfig, layer: int | None) -> tuple[Source, ...]:
+def sources_of(
+    rule: Rule, config: HuggingFaceModelConfig, layer: int | None, expert: int | None = None, *, fused: bool = False
+) -> tuple[Source, ...]:
     """The tensors of the checkpoint that make up a parameter.
 
     Args:
         rule: Of the parameter.
         config: The model; says which variant it is.
         layer: Global layer number, counted from 0; None outside of layers.
+        expert: Global number of the expert; None outside of experts.
+        fused: Whether the checkpoint has the experts of a layer in one tensor, see `has_fused_experts`.
 
     Returns:
         Sources with their full names; none where the parameter is zero.
@@ -144,19 +208,59 @@ def sources_of(rule: Rule, config: HuggingFaceModelConfig, layer: int | None) ->
         return ()
     if rule.sources == (HEAD,) and config.tied_embeddings:
         return (EMBEDDING,)
-    return tuple(Source(source.name.format(layer=layer), source.shape) for source in rule.sources)
+    sources: tuple[Source, ...] = rule.sources
+    if rule.of_experts:
+        assert config.experts is not None
+        if rule.per_expert and fused:
+            assert expert is not None
+            sources = _FUSED[rule.parameters]
+            which = (expert, config.experts.num_experts)
+            sources = tuple(replace(source, parts=(which, *source.parts)) for source in sources)
+        else:
+            names = _expert_names(config.experts, fused=fused)
+            sources = tuple(replace(source, name=source.name.format(layer="{layer}", **names)) for source in sources)
+    return tuple(replace(source, name=source.name.format(layer=layer, expert=expert)) for source in sources)
 
 
-def all_sources(config: HuggingFaceModelConfig) -> Iterator[Source]:
+def _expert_names(experts: HuggingFaceExperts, *, fused: bool) -> dict[str, str]:
+    # transformers 5 calls the router so wherever it has the experts in one tensor.
+    router = "mlp.gate.weight" if fused else experts.router
+    return {"router": router, **dict(zip(("gate", "up", "down"), experts.gate_up_down, strict=True))}
+
+
+_FUSED: dict[tuple[str, ...], tuple[Source, ...]] = {
+    (LAYER + "mlp.experts.linear_fc1",): tuple(
+        Source(FUSED_GATE_UP, ("experts", "expert_ffn_twice", "hidden"), ((half, 2),)) for half in (0, 1)
+    ),
+    (LAYER + "mlp.experts.linear_fc2",): (Source(FUSED_DOWN, ("experts", "hidden", "expert_ffn")),),
+}
+
+
+def has_fused_experts(config: HuggingFaceModelConfig, names: frozenset[str]) -> bool:
+    """Whether a checkpoint with tensors of these names has the experts of a layer in one tensor."""
+    if config.experts is None:
+        return False
+    return FUSED_GATE_UP.format(layer=config.experts.layers.index(True)) in names
+
+
+def all_sources(config: HuggingFaceModelConfig, *, fused: bool = False) -> Iterator[Source]:
     """Every tensor that a checkpoint of this model must have; one that is used twice comes twice."""
     for rule in RULES:
-        in_layers = rule.parameters[0].startswith(LAYER)
-        for layer in range(config.num_layers) if in_layers else [None]:
-            yield from sources_of(rule, config, layer)
+        if not rule.parameters[0].startswith(LAYER):
+            yield from sources_of(rule, config, None)
+            continue
+        for layer in range(config.num_layers):
+            has_experts = config.experts is not None and config.experts.layers[layer]
+            if rule.of_experts not in (None, has_experts):
+                continue
+            experts = range(config.experts.num_experts) if rule.per_expert and config.experts else [None]
+            for expert in experts:
+                yield from sources_of(rule, config, layer, expert, fused=fused)
 
 
 def sizes_of(config: HuggingFaceModelConfig) -> dict[str, int]:
     """The named sizes of a model's tensors."""
+    experts = config.experts
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
@@ -164,6 +268,9 @@ def sizes_of(config: HuggingFaceModelConfig) -> dict[str, int]:
         "query": config.num_heads * config.head_dim,
         "key_value": config.num_kv_heads * config.head_dim,
         "head": config.head_dim,
+        "experts": 0 if experts is None else experts.num_experts,
+        "expert_ffn": 0 if experts is None else experts.ffn_size,
+        "expert_ffn_twice": 0 if experts is None else 2 * experts.ffn_size,
     }
 
 

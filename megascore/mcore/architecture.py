@@ -1,0 +1,45 @@
+"""What a Megatron model is built from, whatever its layout and wherever its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Architecture", "Experts"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Sizes of routed experts."""
+
+    num_experts: int
+    ffn_size: int
+    """Channels inside each expert."""
+    layers: tuple[bool, ...]
+    """Which layers have experts; the others have a dense MLP."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder that Megatron-Core's ``GPTModel`` can be."""
+
+    model_type: str
+    """What it is called in messages."""
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+    """Channels inside a dense MLP."""
+    vocab_size: int
+    max_positions: int
+    """Longest sequence; rotary positions go on beyond it, learned ones do not."""
+    sliding_window: int | None = None
+    """Keys that a query sees, itself included, in the layers of `sliding_layers`; None where all see everything."""
+    sliding_layers: tuple[bool, ...] = ()
+    experts: Experts | None = None
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of Megatron's ``TransformerConfig``, none that says how the model is split."""
+    gpt: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of Megatron's ``GPTModel``, none that says which part of the model this is."""

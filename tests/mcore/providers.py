@@ -1,0 +1,77 @@
+"""Functions that a user could name in ``model.provider``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megascore.mcore.gpt import build_gpt
+from megascore.mcore.huggingface.architecture import architecture_of
+from megascore.mcore.huggingface.config import read_config
+from megascore.mcore.huggingface.load import load_weights
+from megascore.scoring.config import ParallelConfig
+
+CHECKPOINT = "MEGASCORE_TEST_CHECKPOINT"
+"""Environment variable with the Hugging Face directory that these functions build their models of."""
+NOT_CALLABLE = 3
+calls: list[dict[str, Any]] = []
+
+
+def _build(parallel: ParallelConfig) -> list[Any]:
+    config = read_config(os.environ[CHECKPOINT])
+    return build_gpt(architecture_of(config), parallel, torch.float32, torch.device("cpu"), 16)
+
+
+def whole(parallel: ParallelConfig) -> Any:
+    """Return all chunks of this rank at once, with their weights."""
+    chunks = _build(parallel)
+    load_weights(chunks, read_config(os.environ[CHECKPOINT]), Path(os.environ[CHECKPOINT]))
+    return chunks
+
+
+class Wrapper(torch.nn.Module):
+    """As Megatron's Float16Module and DistributedDataParallel wrap a model."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any) -> Any:
+    """Return one chunk, without weights, as Megatron-LM's function of this name does."""
+    from megatron.core import parallel_state
+
+    calls.append({"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage})
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    parallel = ParallelConfig(
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline=virtual,
+    )
+    return Wrapper(_build(parallel)[vp_stage or 0])
+
+
+def nothing() -> None:
+    """Forget to return the model."""
+
+
+def plain() -> Any:
+    """Return what Megatron cannot run."""
+    return torch.nn.Linear(2, 2)
+
+
+def unsplit() -> Any:
+    """Return a model of a layout that was not asked for."""
+    return _build(ParallelConfig(sequence=False))
+
+
+def three() -> Any:
+    """Return more chunks than there are."""
+    return _build(ParallelConfig()) * 3
+
+
+def demanding(args: Any, config: Any) -> None:
+    """Need what nobody gives."""

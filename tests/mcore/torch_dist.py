@@ -1,0 +1,117 @@
+"""Megatron checkpoints in the ``torch_dist`` format, saved by Megatron itself, on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Colour", "save_torch_dist", "training_args"]
+
+
+class Colour(enum.Enum):
+    """Something that only the program that saved a checkpoint knows."""
+
+    RED = 1
+
+
+def save_torch_dist(
+    chunks: Sequence[Any], folder: Path, *, args: Any = None, metadata: dict[str, Any] | None = None, **common: Any
+) -> None:
+    """Save a model as Megatron-LM does, without an optimizer.
+
+    Collective over the world; inside a `parallel_world`.
+
+    Args:
+        chunks: The model chunks of this rank.
+        folder: Made by rank 0.
+        args: Kept in common.pt, as Megatron-LM keeps its command line.
+        metadata: Of Megatron's ``sharded_state_dict``: which of its ways to name things.
+        common: More for common.pt.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+    with _writing_in_this_process():
+        dist_checkpointing.save(
+            {**state, "args": args, "checkpoint_version": 3.0, **common},
+            str(folder),
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+        )
+
+
+@contextmanager
+def _writing_in_this_process() -> Iterator[None]:
+    """Megatron writes from processes that it forks: not allowed in daemons, as the workers of the tests' pool are."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def write(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+        written = {}
+        for number, bucket in enumerate(buckets):
+            outcomes: queue.Queue[Any] = queue.Queue()
+            counts: queue.Queue[Any] = queue.Queue()
+            counts.put(number)
+            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, outcomes, counts, True)
+            written[number] = outcomes.get()[1]
+        results.put(written)
+
+    with (
+        mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue),
+        # Needs psutil, for a line of its debug log.
+        mock.patch.object(filesystem_async, "_process_memory", return_value=0),
+        mock.patch.object(FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(write)),
+    ):
+        yield
+
+
+def training_args(directory: Path, **changes: Any) -> argparse.Namespace:
+    """Return the command line that Megatron-LM would have been given for a model of the tests."""
+    from megascore.mcore.huggingface.config import read_config
+
+    config = read_config(directory)
+    experts = config.experts
+    values: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_size,
+        "num_attention_heads": config.num_heads,
+        "group_query_attention": True,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim,
+        "padded_vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_positions,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.norm_eps,
+        "swiglu": True,
+        "add_bias_linear": config.attention_output_bias or config.mlp_bias,
+        "add_qkv_bias": config.qkv_bias,
+        "qk_layernorm": config.qk_norm,
+        "untie_embeddings_and_output_weights": not config.tied_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": config.rope_theta,
+        "params_dtype": torch.bfloat16,
+        "tensor_model_parallel_size": 1,
+    }
+    if experts is not None:
+        values |= {
+            "num_experts": experts.num_experts,
+            "moe_ffn_hidden_size": experts.ffn_size,
+            "moe_router_topk": experts.top_k,
+            "moe_router_pre_softmax": not experts.normalized,
+            "moe_layer_freq": 1 if all(experts.layers) else [int(has_experts) for has_experts in experts.layers],
+        }
+    return argparse.Namespace(**{**values, **changes})
