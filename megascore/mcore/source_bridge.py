@@ -91,7 +91,7 @@ class BridgeBuilder:
             chunks = provider.provide_distributed_model(wrap_with_ddp=False, mixed_precision_wrapper=None)
         except (ValueError, AssertionError) as error:
             raise ModelError(f"{where} cannot build the model in this layout: {error}") from error
-        return checked_chunks(chunks, parallel, device, where)
+        return checked_chunks(chunks, parallel, dtype, device, where)
 
 
 def _settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class ProviderBuilder:
         for chunk in range(parallel.virtual_pipeline if per_chunk else 1):
             value = self._function(**self._declared({**job, **_part_of_model(parallel, chunk)}))
             returned.extend(value if isinstance(value, (list, tuple)) else [value])
-        return checked_chunks(returned, parallel, device, f"model.provider={self.name}")
+        return checked_chunks(returned, parallel, dtype, device, f"model.provider={self.name}")
 
     def _declared(self, values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if self._takes_all or name in self._names}
@@ -118,13 +118,14 @@ def _part_of_model(parallel: ParallelConfig, chunk: int) -> dict[str, Any]:
 
 
 def checked_chunks(
-    returned: Sequence[Any], parallel: ParallelConfig, device: torch.device, where: str
+    returned: Sequence[Any], parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, where: str
 ) -> list[nn.Module]:
     """Unwrap a model that was built elsewhere, and check that it is one of this layout.
 
     Args:
         returned: Its chunks on this rank, wrapped in Megatron's wrappers or not.
         parallel: The layout that it should have.
+        dtype: The type that its matrices should have.
         device: Where it goes.
         where: What returned it, for errors.
 
@@ -132,7 +133,7 @@ def checked_chunks(
         Its chunks on ``device``, in evaluation mode.
 
     Raises:
-        ModelError: other things than Megatron models, another number of them, or built for another layout.
+        ModelError: other things than Megatron models, another number of them, or built for another layout or type.
     """
     chunks = []
     for value in returned:
@@ -149,6 +150,7 @@ def checked_chunks(
                 "model such as GPTModel, with pre_process, post_process and set_input_tensor."
             )
         _check_degrees(config, parallel, where)
+        _check_dtype(module, dtype, where)
         chunks.append(module.to(device).eval())
     if len(chunks) != parallel.virtual_pipeline:
         raise ModelError(
@@ -182,6 +184,17 @@ def _check_degrees(config: TransformerConfig, parallel: ParallelConfig, where: s
                 f"{where} returned a model with {field}={built}, but parallel.{axis}={asked}: build its "
                 "TransformerConfig for the layout of the job."
             )
+
+
+def _check_dtype(module: nn.Module, dtype: torch.dtype, where: str) -> None:
+    # Vectors, such as the weights of norms, may be of another type than matrices.
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.dim() > 1}
+    if dtypes and dtype not in dtypes:
+        names = " and ".join(sorted(str(found).removeprefix("torch.") for found in dtypes))
+        raise ModelError(
+            f"{where} returned a model in {names}, but model.dtype={str(dtype).removeprefix('torch.')}: set "
+            "model.dtype to the type of the model."
+        )
 
 
 @dataclass(frozen=True)

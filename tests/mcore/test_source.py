@@ -66,8 +66,8 @@ def test_a_function_builds_the_model(checkpoint: Path, tokens: Tensor, tmp_path:
     world.run(1, save, checkpoint, tmp_path / "ck")
     configs = [
         ModelConfig(hf=str(checkpoint), dtype="float32"),
-        ModelConfig(provider="tests.mcore.providers:whole"),
-        ModelConfig(provider="tests.mcore.providers:model_provider", load=str(tmp_path / "ck")),
+        ModelConfig(provider="tests.mcore.providers:whole", dtype="float32"),
+        ModelConfig(provider="tests.mcore.providers:model_provider", load=str(tmp_path / "ck"), dtype="float32"),
     ]
     for world_size, parallel in ((1, ParallelConfig()), (2, ParallelConfig(pipeline=2, virtual_pipeline=2))):
         last = world.run(world_size, logits_of, checkpoint, configs, parallel, tokens)[-1]
@@ -119,6 +119,18 @@ def test_a_function_that_returns_something_else_is_refused(
     source = model_source(ModelConfig(provider=f"tests.mcore.providers:{function}"))
     with parallel_world(ParallelConfig(), CPU, TIMEOUT), pytest.raises(ModelError, match=message):
         source.build(parallel, torch.float32, CPU, 16)
+
+
+def test_a_function_that_returns_a_model_of_another_type_is_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(providers.CHECKPOINT, str(checkpoint))
+    source = model_source(ModelConfig(provider="tests.mcore.providers:unsplit"))
+    with parallel_world(ParallelConfig(), CPU, TIMEOUT):
+        with pytest.raises(
+            ModelError, match=r"returned a model in float32, but model\.dtype=bfloat16: set model\.dtype"
+        ):
+            source.build(ParallelConfig(), torch.bfloat16, CPU, 16)
 
 
 def test_what_a_function_decides_cannot_be_asked_for_beside_it() -> None:
