@@ -84,6 +84,11 @@ class PlainModelView:
         ]
 
     @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, in order."""
+        return tuple(self._layers)
+
+    @property
     def layout(self) -> Mapping[str, Any]:
         """Every process is a replica."""
         return {"data": world_size()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from megascore.errors import HookStateError
@@ -18,9 +20,41 @@ from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.places import ModelView
 from megascore.scoring.recipes import ScoreRequest
 from megascore.scoring.score_file import Scores
-from megascore.scoring.sites import SCORE, Site, build_sites, check_places, plan_of_scores, plan_of_states
+from megascore.scoring.sites import (
+    SCORE,
+    Site,
+    build_sites,
+    check_places,
+    check_targets,
+    plan_of_scores,
+    plan_of_states,
+)
 
-__all__ = ["ScoringRun"]
+__all__ = ["Results", "ScoringRun", "run_metadata"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Merged results of sites, by their keys: the same on every rank."""
+
+    states: dict[str, State] = field(default_factory=dict)
+    """Statistics, on the CPU."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """Finished scores [units] float64, on the CPU; zeros where no token was seen."""
+
+    def update(self, others: Results) -> None:
+        """Add the results of other sites."""
+        self.states.update(others.states)
+        self.scores.update(others.scores)
+
+    def require_data(self) -> None:
+        """Refuse results of nothing.
+
+        Raises:
+            HookStateError: no tokens have been seen.
+        """
+        if not any(int(state["num_tokens"]) for state in self.states.values()):
+            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
 
 
 class ScoringRun:
@@ -49,10 +83,11 @@ class ScoringRun:
         self.requests = tuple(requests)
         # What a rank alone can find wrong is told first, for some hooks gather their weights when they are built.
         agree("looking for the modules to score", lambda: check_places(view, requests))
+        check_targets(view, requests)
         self.sites = agree("building the hooks", lambda: build_sites(view, requests))
         self.num_steps = 0
         self._metadata = dict(metadata or {})
-        self._plan = plan_of_states(self.sites, self.requests)
+        self._plan = plan_of_states(self.sites)
         self._score_plan = plan_of_scores(self.sites)
         self._modes = [(module, module.training) for chunk in view.modules for module in chunk.modules()]
         self._handles: list[RemovableHandle] = []
@@ -102,16 +137,27 @@ class ScoringRun:
             HookStateError: no tokens have been seen, or iterations of an iterative score are missing.
             RankFailure: another rank could not compute its scores.
         """
+        results = self.results()
+        results.require_data()
+        own = run_metadata(self.view, self.num_steps, self._metadata)
+        return assemble_scores(self.requests, results.states, results.scores, {**own, **(metadata or {})})
+
+    def results(self) -> Results:
+        """Merge the statistics of all ranks, and return what `finish` makes a score file of.
+
+        Collective over the world: two all-reduces. The accumulators are not changed.
+
+        Raises:
+            HookStateError: iterations of an iterative score are missing.
+            RankFailure: another rank could not compute its scores.
+        """
         self._settle()
         device = self._device()
         merged = merge_over_world(self._plan, {site.key: site.part() for site in self.sites}, device)
         states = {key: {name: value.cpu() for name, value in state.items()} for key, state in merged.items()}
-        if not any(int(state["num_tokens"]) for state in states.values()):
-            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
         own = agree("computing the scores", lambda: self._own_scores(states, device))
         scores = merge_over_world(self._score_plan, own, device)
-        finished = {key: result[SCORE].cpu() for key, result in scores.items()}
-        return assemble_scores(self.requests, states, finished, {**self._all_metadata(), **(metadata or {})})
+        return Results(dict(states), {key: result[SCORE].cpu() for key, result in scores.items()})
 
     def _own_scores(self, states: Mapping[str, State], device: torch.device) -> dict[str, Part]:
         """Return the finished scores of this rank's sites, as something to merge; none where no token was seen."""
@@ -121,14 +167,6 @@ class ScoringRun:
             )
             for site in self.sites
             if int(states[site.key]["num_tokens"])
-        }
-
-    def _all_metadata(self) -> dict[str, Any]:
-        return {
-            "num_steps": self.num_steps,
-            "model": {**self.view.facts, **self._metadata.get("model", {})},
-            "layout": dict(self.view.layout),
-            **{name: value for name, value in self._metadata.items() if name != "model"},
         }
 
     def _settle(self) -> None:
@@ -145,6 +183,16 @@ class ScoringRun:
         """Device on which this rank's collectives run; ranks without sites still take part."""
         parameters = (parameter for chunk in self.view.modules for parameter in chunk.parameters())
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def run_metadata(view: ModelView, num_steps: int, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a score file says of a run, with the entries of ``metadata``; those on the model are added."""
+    return {
+        "num_steps": num_steps,
+        "model": {**view.facts, **metadata.get("model", {})},
+        "layout": dict(view.layout),
+        **{name: value for name, value in metadata.items() if name != "model"},
+    }
 
 
 def _forward_hook(site: Site) -> Any:
