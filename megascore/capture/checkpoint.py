@@ -80,7 +80,7 @@ class CheckpointFolder:
         for path in self._paths:
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - no mapping
+                    for name in file.keys():
                         entries[name] = path, tuple(file.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read as safetensors: {error}. Take a good copy.") from error

@@ -192,7 +192,7 @@ class CachedFeed(BlockFeed):
     def _check_independent(self, number: int, call: BlockCall) -> None:
         if call.hidden_states is not self._mark:
             raise ModelError(
-                f"the model does something to hidden states between block {number - 1} and block {number}: {OTHER_MODE}."
+                f"the model changes hidden states between block {number - 1} and block {number}: {OTHER_MODE}."
             )
         for tensor in nested_leaves(call.with_hidden_states(None), Tensor):
             if any(tensor is checked for checked in self._checked):

@@ -39,4 +39,5 @@ def without_compiling() -> AbstractContextManager[object]:
     # Where nobody has imported the compiler nothing is compiled, and importing it takes a second and 100 MB.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager

@@ -51,16 +51,18 @@ class MovingWeights:
         """
         missing = []
         for module in modules:
-            for name, tensor in _named_tensors(module):
+            for _, tensor in _named_tensors(module):
                 if tensor.is_meta and id(tensor) not in self._sources:
                     missing.append(self._names[id(tensor)])
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            folder = "no checkpoint folder was named (weights=)" if self._checkpoint is None else self._checkpoint.folder
+            folder = (
+                "no checkpoint folder was named (weights=)" if self._checkpoint is None else self._checkpoint.folder
+            )
             raise ModelError(
                 f"{folder} has no content for {len(missing)} tensors of the model that are on the meta device: "
-                f"{listed}. Parameters must be in the folder under these names; buffers that are in no checkpoint, such as "
-                "rotary tables, must be real, as score_blockwise makes them where it is given the folder as the model."
+                f"{listed}. Parameters must be in the folder under these names; buffers that are in no checkpoint, "
+                "such as rotary tables, must be real, as score_blockwise makes them where the folder is the model."
             )
 
     @contextmanager
@@ -155,10 +157,10 @@ class MovingWeights:
         found = {key: find_name(own, prefix, shapes) for key, own in names.items()}
         sources = {key: name for key, name in found.items() if name is not None}
         for own_name, tensor in _named_tensors(model):
-            name = sources.get(id(tensor))
-            if name is not None and shapes[name] != tuple(tensor.shape):
+            source = sources.get(id(tensor))
+            if source is not None and shapes[source] != tuple(tensor.shape):
                 raise ModelError(
-                    f"{name} in {self._checkpoint.folder} has shape {list(shapes[name])}, the model expects "
+                    f"{source} in {self._checkpoint.folder} has shape {list(shapes[source])}, the model expects "
                     f"{list(tensor.shape)} for {own_name}: the folder is of another model."
                 )
         return sources

@@ -51,7 +51,7 @@ def places_by_block(
     """Return the places in each block, and those outside of all blocks."""
     owner = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
     inside: list[list[Place]] = [[] for _ in blocks]
-    outside = []
+    outside: list[Place] = []
     for place in places:
         number = owner.get(id(place.module))
         (outside if number is None else inside[number]).append(place)

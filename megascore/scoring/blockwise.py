@@ -230,7 +230,9 @@ def _num_passes(requests: Sequence[ScoreRequest], num_batches: int) -> dict[Scor
 def _check_same_everywhere(num_batches: int) -> None:
     numbers = gather_objects(num_batches)
     if len(set(numbers)) > 1:
-        raise DataError(f"ranks have {numbers} batches: give each rank equally many, as all go from step to step together.")
+        raise DataError(
+            f"ranks have {numbers} batches: give each rank equally many, as all go from step to step together."
+        )
 
 
 def _counts(results: Results, num_passes: Mapping[ScoreRequest, int]) -> dict[str, int]:
