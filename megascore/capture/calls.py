@@ -87,6 +87,7 @@ class StoredCalls(Sequence[BlockCall]):
         self._calls: list[BlockCall] = []
         self._hidden_keys: list[str] = []
         self._known: dict[int, tuple[Tensor, _Stored]] = {}
+        self._argument_keys: set[str] = set()
         self._recent: deque[BlockCall] = deque(maxlen=NUM_RECENT)
 
     def append(self, call: BlockCall, *, hidden_key: str | None = None) -> None:
@@ -139,10 +140,12 @@ class StoredCalls(Sequence[BlockCall]):
 
     def truncate(self, length: int) -> None:
         """Forget the calls from number ``length`` on, and drop from the store what belonged to them alone."""
-        dropped = {*self._hidden_keys[length:], *_argument_keys(self._calls[length:])}
+        dropped = set(self._hidden_keys[length:])
         del self._calls[length:], self._hidden_keys[length:]
-        for key in dropped - {*self._hidden_keys, *_argument_keys(self._calls)}:
+        used = {stored.key for stored in nested_leaves(self._calls, _Stored)}
+        for key in dropped - set(self._hidden_keys) | self._argument_keys - used:
             self._store.drop(key)
+        self._argument_keys &= used
         self._known.clear()
 
     def _shared(self, call: BlockCall) -> BlockCall:
@@ -162,6 +165,7 @@ class StoredCalls(Sequence[BlockCall]):
             key = f"argument-{_digest(tensor)}-{id(self):x}"
             if key not in self._store:
                 self._store.put(key, tensor)
+                self._argument_keys.add(key)
             # With the tensor itself, whose address could be another's otherwise.
             self._known[id(tensor)] = tensor, _Stored(key)
         return self._known[id(tensor)][1]
@@ -178,10 +182,6 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is dict:
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     return one is other or (type(one) in (bool, int, float, str) and bool(one == other))
-
-
-def _argument_keys(calls: Sequence[BlockCall]) -> set[str]:
-    return {stored.key for stored in nested_leaves(calls, _Stored) if stored is not _HOLE}
 
 
 def _digest(tensor: Tensor) -> str:
