@@ -99,7 +99,9 @@ class FreshFeed(BlockFeed):
 
     def call(self, number: int, index: int) -> BlockCall:
         """Return what was captured."""
-        return self._calls[index]
+        call = self._calls[index]
+        _refuse_caches(call)
+        return call
 
     @contextmanager
     def whole_passes(self) -> Iterator[Forward]:
@@ -161,6 +163,7 @@ class CachedFeed(BlockFeed):
     def _hand_through(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Keep the arguments of a block, and return the mark in its place."""
         call = BlockCall(args, kwargs)
+        _refuse_caches(call)
         self._check_order(number)
         if number == 0:
             self._shapes[self._index] = call.hidden_states.shape
@@ -250,6 +253,15 @@ class CachedFeed(BlockFeed):
     def _key(self, index: int) -> str:
         """Return the name in the store of a batch's hidden states, at whatever block they are."""
         return f"hidden-{index}-{id(self):x}"
+
+
+def _refuse_caches(call: BlockCall) -> None:
+    """Refuse a cache of keys and values: it grows whenever a block runs, and each run would see the ones before."""
+    for name, value in call.kwargs.items():
+        if hasattr(value, "get_seq_length") and hasattr(value, "update"):
+            raise ModelError(
+                f"blocks are given a cache ({name} is a {type(value).__name__}): leave it out of the batches."
+            )
 
 
 def _where(call: BlockCall, tensor: Tensor) -> str:
