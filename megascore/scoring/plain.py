@@ -163,7 +163,8 @@ def _find_layers(model: nn.Module) -> tuple[Family, str, nn.ModuleList]:
     """Return the family, the prefix of the name of the module that holds the layers, and the layers."""
     for name, module in model.named_modules():
         for family in FAMILIES.values():
-            layers = getattr(module, family.list_name, None)
+            # Among its own children: a compiled model has the attributes of the one inside as well.
+            layers = dict(module.named_children()).get(family.list_name)
             if isinstance(layers, nn.ModuleList) and len(layers) and hasattr(layers[0], family.marker):
                 return family, (f"{name}." if name else ""), layers
     children = ", ".join(name for name, _ in model.named_children())

@@ -168,6 +168,21 @@ def test_the_model_is_as_before_also_after_an_error(cache_block_outputs: bool) -
     assert_same(megascore.score_blockwise(model, None, batches), full_pass(model, batches, None))
 
 
+@BOTH_MODES
+@pytest.mark.parametrize("part", ["model", "blocks"])
+def test_a_compiled_model_is_scored_as_it_was_written(cache_block_outputs: bool, part: str) -> None:
+    model, batches = TinyDecoder(), make_batches()
+    expected = full_pass(model, batches, None)
+    compiled = torch.compile(model, backend="eager") if part == "model" else model
+    for layer in model.layers if part == "blocks" else ():
+        layer.compile(backend="eager")
+    with torch.no_grad():
+        compiled(batches[0])
+    found = megascore.score_blockwise(compiled, None, batches, cache_block_outputs=cache_block_outputs)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=EXACT, atol=0, msg=key)
+
+
 def test_a_table_that_depends_on_hidden_states_is_refused_when_cached_and_right_when_fresh() -> None:
     model, batches = TinyDecoder(), make_batches()
     model.table_depends_on_hidden_states = True
@@ -188,21 +203,34 @@ def test_work_between_blocks_is_refused_when_cached_and_right_when_fresh() -> No
     assert_same(found, full_pass(model, batches, None))
 
 
-def test_data_parallel_ranks_add_up(world: WorkerPool) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "FSDP"])
+def test_data_parallel_ranks_add_up(world: WorkerPool, sharded: bool) -> None:
     expected = full_pass(TinyDecoder(), [torch.cat([batch, batch]) for batch in make_batches(2)], all_scores(2))
-    for found in world.run(2, score_part, 2):
-        assert found.keys() == set(expected)
-        for key, value in found.items():
-            torch.testing.assert_close(value, expected[key], rtol=0 if ITERATIVE in key else EXACT, atol=0)
-    for message in world.run(2, score_part, 1):
+    for cache_block_outputs in (True, False):
+        for found in world.run(2, score_part, 2, cache_block_outputs, sharded):
+            assert found.keys() == set(expected)
+            for key, value in found.items():
+                torch.testing.assert_close(value, expected[key], rtol=0 if ITERATIVE in key else EXACT, atol=0)
+
+
+def test_ranks_with_other_numbers_of_batches_are_told(world: WorkerPool) -> None:
+    for message in world.run(2, score_part, 1, True, False):
         assert "ranks have [1, 2] batches" in message["error"]
 
 
-def score_part(num_batches_of_first: int) -> dict[str, Any]:
+def score_part(num_batches_of_first: int, cache_block_outputs: bool, sharded: bool) -> dict[str, Any]:
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
+    model = TinyDecoder()
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh)
     batches: list[Tensor] = make_batches(2 if dist.get_rank() else num_batches_of_first)
+    scores = all_scores(len(batches))
     try:
-        return dict(megascore.score_blockwise(TinyDecoder(), None, batches, all_scores(2)))
+        return dict(megascore.score_blockwise(model, None, batches, scores, cache_block_outputs=cache_block_outputs))
     except MegascoreError as error:
         return {"error": str(error)}
