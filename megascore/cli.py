@@ -1,4 +1,4 @@
-"""The command line: ``megascore score``, ``show`` and ``compare``."""
+"""The command line: ``megascore score``, ``show``, ``compare`` and ``status``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from megascore.scoring.compare import compare, render_comparison
 from megascore.scoring.config import load_config
 from megascore.scoring.report import render_scores
 from megascore.scoring.score_file import load_scores
+from megascore.scoring.status import RunState, read_status
 
 __all__ = ["main"]
 
 BEYOND_TOLERANCE = 1
+CODE_OF_STATE = {
+    RunState.FINISHED: 0,
+    RunState.STOPPED: 4,
+    RunState.INTERRUPTED: 4,
+    RunState.RUNNING: 5,
+    RunState.FAILED: 6,
+}
 
 _EXIT_CODES = """\
 exit codes:
@@ -30,6 +38,10 @@ exit codes:
      also any error that megascore doesn't know (with a traceback)
   2  usage, or an error that its text explains: config, data, model, layout, score file
   3  score: this rank stopped because another one failed; the other's error is the one to read
+  4  status: the run was stopped or interrupted, and the same command goes on with it
+  5  status: the run is going on
+  6  status: the run failed, by an error that has to be mended first
+ 75  score: stopped by SIGTERM or SIGUSR1 with everything saved; the same command goes on
 
 MEGASCORE_DEBUG=1 shows tracebacks of all errors.
 """
@@ -91,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     compared.add_argument("--all", action="store_true", help="show every site, not only the worst")
     compared.set_defaults(command=_compare)
+    status = commands.add_parser(
+        "status",
+        help="show how far a run with checkpoints is",
+        description="Show what progress.json in a run's checkpoint folder says; the exit code tells the state.",
+    )
+    status.add_argument("folder", metavar="FOLDER", type=Path, help="the run's run.checkpoint_dir")
+    status.set_defaults(command=_status)
     return parser
 
 
@@ -126,6 +145,15 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.tolerance is None or comparison.within(arguments.tolerance):
         return 0
     return BEYOND_TOLERANCE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    status = read_status(arguments.folder)
+    console = _console(sys.stdout)
+    for name, value in status.items():
+        if value is not None:
+            console.print(f"{name}: {value}", soft_wrap=True, highlight=False, markup=False)
+    return CODE_OF_STATE[RunState(status["state"])]
 
 
 def _console(stream: TextIO) -> Console:

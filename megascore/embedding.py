@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megascore.capture import TensorStore
 from megascore.errors import ConfigError
@@ -67,6 +67,7 @@ def score_blockwise(
     device: torch.device | str | None = None,
     store: TensorStore | None = None,
     weights: str | Path | None = None,
+    token_masks: Iterable[Tensor | None] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Scores:
     """Score a plain PyTorch model with one of its blocks at a time on the compute device.
@@ -94,6 +95,7 @@ def score_blockwise(
         device: The compute device; that of the model if not given. Weights that are elsewhere come to it and go.
         store: Where inputs wait: `megascore.capture.HostStore` (the default), ``DeviceStore`` or ``SpoolStore``.
         weights: Checkpoint directory of weights that the model has on the meta device.
+        token_masks: For padded batches, which tokens of each count: bool [B, S], True for those that do.
         metadata: JSON-able entries for the score file.
 
     Raises:
@@ -111,7 +113,8 @@ def score_blockwise(
     view = agree("looking at the model", lambda: _view_of(own_model))
     if not isinstance(view, PlainModelView):
         raise ConfigError("score_blockwise takes plain PyTorch models; use attach for a Megatron-Core model.")
-    options = BlockwiseOptions(cache_block_outputs, device, store, weights, dict(metadata or {}))
+    masks = None if token_masks is None else list(token_masks)
+    options = BlockwiseOptions(cache_block_outputs, device, store, weights, masks, dict(metadata or {}))
     return score_blocks(view, view.blocks if blocks is None else blocks, list(batches), requests, options)
 
 

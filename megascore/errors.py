@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "HookStateError",
     "LayoutError",
     "MegascoreError",
     "ModelError",
+    "Preempted",
     "RankFailure",
     "ScoreFileError",
 ]
@@ -38,9 +40,17 @@ class ScoreFileError(MegascoreError, ValueError):
     """A score file is missing, foreign, of another schema, or cannot be written."""
 
 
+class CheckpointError(MegascoreError, ValueError):
+    """A checkpoint of a run is damaged, belongs to another run, or cannot be written."""
+
+
 class HookStateError(MegascoreError, ValueError):
     """A hook was given a state or an input that is not its own."""
 
 
 class RankFailure(MegascoreError, RuntimeError):  # noqa: N818 - it names an event, seen by all ranks, not a mistake
     """Another rank failed; the text holds the rank and its own error."""
+
+
+class Preempted(MegascoreError, RuntimeError):  # noqa: N818 - it names an event, and nothing went wrong
+    """A signal asked the run to stop, and it did so at the end of a step, with everything saved."""

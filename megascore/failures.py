@@ -11,12 +11,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megascore.errors import MegascoreError, RankFailure
+from megascore.errors import MegascoreError, Preempted, RankFailure
 
-__all__ = ["OTHER_RANK_FAILED", "USER_ERROR", "first_error", "is_lost_contact", "run_and_report"]
+__all__ = ["OTHER_RANK_FAILED", "STOPPED", "USER_ERROR", "first_error", "is_lost_contact", "run_and_report"]
 
 USER_ERROR = 2
 OTHER_RANK_FAILED = 3
+STOPPED = 75
+"""By a signal, everything saved. The number is EX_TEMPFAIL of sysexits.h: try again later."""
 
 _GRACE_SECONDS = 3.0
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -46,7 +48,8 @@ def run_and_report(function: Callable[[], int], console: Console) -> int:
     for the root cause and stops the others itself.
 
     Returns:
-        The function's exit code, `USER_ERROR`, or `OTHER_RANK_FAILED`. Errors that megascore doesn't know come through.
+        The function's exit code, `USER_ERROR`, `OTHER_RANK_FAILED` or `STOPPED`. Errors that megascore doesn't know
+        come through.
     """
 
     def guarded() -> int:
@@ -90,6 +93,11 @@ def _explain(error: Exception, console: Console) -> int | None:
     in_world = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if os.environ.get("MEGASCORE_DEBUG") == "1":
         _say(console, "".join(traceback.format_exception(error)))
+    if isinstance(known, Preempted):
+        if _rank() == "0":
+            _say(console, f"megascore: {known}")
+        _write_error_file(f"megascore: {known}")
+        return STOPPED
     if isinstance(known, RankFailure):
         return _stop_after_others(f"megascore: rank {_rank()} stopped: {_first_line(known)}", console)
     if in_world and is_lost_contact(first) and not isinstance(error, MegascoreError):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("megatron", "transformer_engine", "apex", "transformers")
+HEAVY = ("megatron", "transformer_engine", "apex", "transformers", "datasets")
 
 PROGRAM = """
 import importlib, sys
@@ -24,6 +24,7 @@ print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].spl
         "megascore.parallel.merge",
         "megascore.capture",
         "megascore.scoring.blockwise",
+        "megascore.scoring.data",
         "megascore.scoring.run",
     ],
 )

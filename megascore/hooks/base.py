@@ -125,8 +125,13 @@ class ForwardHook(ABC):
         Tensor-parallel subclasses keep only their own part of it; all ranks that share the place do it.
         """
         if self._num_channels is not None:
-            for statistic in self.statistics(self._num_channels):
-                self._state[statistic.name].copy_(self._local_part(statistic, merged[statistic.name]))
+            declared = self.statistics(self._num_channels)
+            self.restore({s.name: self._local_part(s, merged[s.name]) for s in declared})
+
+    def restore(self, local: State) -> None:
+        """Replace the accumulators by a copy of this rank's part of a state, and forget what waited for other ranks."""
+        for name, value in self._state.items():
+            value.copy_(local[name])
 
     def _local_part(self, statistic: Statistic, merged: Tensor) -> Tensor:
         """Return the part of a merged statistic that belongs to this hook's channels: here all of it."""
@@ -167,7 +172,8 @@ class ForwardHook(ABC):
 
     def _require_data(self, state: State) -> None:
         # AssertionError is the published interface's documented type for this mistake of a user.
-        if not state or not int(state["num_calls"]):
+        # Tokens beside calls: the first of the ranks that share the samples counts calls, and a mask may leave it none.
+        if not state or not int(state["num_calls"] + state["num_tokens"]):
             raise AssertionError(f"{type(self).__name__}: no activations collected yet; run a forward pass first.")
 
     # The published interface
@@ -291,9 +297,10 @@ class ForwardHook(ABC):
         ]
         if differences or saved["num_channels"] is None:
             return differences
-        return self._statistics_differences(saved["num_channels"], saved["statistics"])
+        return self.differences_from(saved["statistics"], saved["num_channels"])
 
-    def _statistics_differences(self, num_channels: int, saved: State) -> list[str]:
+    def differences_from(self, saved: State, num_channels: int) -> list[str]:
+        """Name every reason why merged statistics over ``num_channels`` channels can't be this hook's; none if fit."""
         differences = []
         for statistic in self.statistics(num_channels):
             if statistic.name not in saved:

@@ -149,11 +149,11 @@ class IterativeChannelContributionHook(WeightHook):
         if int(summed[1]):
             self._advance(*summed)
 
-    def adopt(self, merged: State) -> None:
+    def restore(self, local: State) -> None:
         """Replace the decisions by those of a saved state, and forget what waited."""
-        super().adopt(merged)
+        super().restore(local)
         self._sums = None
-        self._iteration = int(merged["curr_iter"])
+        self._iteration = int(local["curr_iter"])
         self._index_channels()
 
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:

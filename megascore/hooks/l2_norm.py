@@ -82,10 +82,10 @@ class L2NormHook(ForwardHook):
         self._require_data(state)
         return {"score": state["sum_of_squared_means"].sqrt()}
 
-    def adopt(self, merged: State) -> None:
-        """Replace the accumulators by a merged state, and forget what waited."""
+    def restore(self, local: State) -> None:
+        """Replace the accumulators, and forget what waited."""
         self._pending = []
-        super().adopt(merged)
+        super().restore(local)
 
     def _sequence_first(self, inputs: Tensor) -> Tensor:
         if inputs.dim() not in (2, 3):

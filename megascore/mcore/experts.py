@@ -6,7 +6,7 @@ expert's input, with ``moe_apply_probs_on_input``). So the tensors seen here are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from megascore.errors import LayoutError, ModelError
 from megascore.mcore.expert_hooks import MegatronRoutedL2NormHook, MegatronRouterWeightedNormHook
 from megascore.mcore.groups import DenseGroups, ExpertGroups
+from megascore.mcore.masks import DispatchedMask, rows_of_expert
 from megascore.parallel.axes import Axis, Placement, Role, Shard
 from megascore.parallel.placed_hook import PlacedHook
-from megascore.scoring.places import Place, PlaceKind, Reader, first_tensor
+from megascore.scoring.places import LocalMask, Place, PlaceKind, Reader, first_tensor
 
 __all__ = ["ExpertPlace", "build_expert_hook", "expert_facts", "expert_layout", "expert_places"]
 
@@ -32,7 +33,9 @@ class ExpertPlace(Place):
     groups: ExpertGroups
 
 
-def expert_places(moe_layer: MoELayer, name: str, path: str, dense: DenseGroups) -> Iterator[ExpertPlace]:
+def expert_places(
+    moe_layer: MoELayer, name: str, path: str, dense: DenseGroups, local_mask: LocalMask
+) -> Iterator[ExpertPlace]:
     """Yield the places of a layer's routed experts that live on this rank: all experts together, then each one's FFN.
 
     Args:
@@ -40,6 +43,7 @@ def expert_places(moe_layer: MoELayer, name: str, path: str, dense: DenseGroups)
         name: Its global name, ``decoder.layers.{number}.mlp``.
         path: Its name in this rank's module tree.
         dense: Groups of the dense layers around it.
+        local_mask: Mask of the hidden states that the layer is given.
 
     Raises:
         LayoutError: the experts do not split evenly.
@@ -55,15 +59,31 @@ def expert_places(moe_layer: MoELayer, name: str, path: str, dense: DenseGroups)
         )
     together = Placement.whole(num_global, _roles(groups, ep=Role.SUM, etp=Role.SAME), copies)
     read = _read_all_experts(first, num_local)
+    masks = DispatchedMask(moe_layer, name, local_mask)
+    common: dict[str, Any] = {"groups": groups, "mask_follower": masks}
     yield ExpertPlace(
-        PlaceKind.ROUTED_EXPERTS, f"{name}.experts", experts, f"{path}.experts", together, read, groups=groups
+        PlaceKind.ROUTED_EXPERTS,
+        f"{name}.experts",
+        experts,
+        f"{path}.experts",
+        together,
+        read,
+        local_mask=masks.of_layer,
+        **common,
     )
     inside = _place_inside_expert(moe_layer.config, groups, copies)
     for position, (module_name, module, read) in enumerate(_projections(experts, num_local)):
         expert_name = f"{name}.experts.{first + position}.linear_fc2"
         local_name = f"{path}.experts{module_name}"
         yield ExpertPlace(
-            PlaceKind.ROUTED_EXPERT_PROJECTION, expert_name, module, local_name, inside, read, groups=groups
+            PlaceKind.ROUTED_EXPERT_PROJECTION,
+            expert_name,
+            module,
+            local_name,
+            inside,
+            read,
+            local_mask=masks.of_expert(position),
+            **common,
         )
 
 
@@ -165,7 +185,7 @@ def _read_grouped_linear(position: int) -> Reader:
     """Return a reader of one expert's part of Transformer Engine's grouped linear layer, called ``(x, m_splits)``."""
 
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
-        tokens = _tokens_of(position, _argument(args, kwargs, 1, "m_splits"))
+        tokens = rows_of_expert(position, _argument(args, kwargs, 1, "m_splits"))
         return args[0][tokens], first_tensor(output)[tokens]
 
     return read
@@ -178,7 +198,7 @@ def _read_grouped_weights(experts: nn.Module, position: int) -> Reader:
     """
 
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
-        tokens = _tokens_of(position, _argument(args, kwargs, 1, "tokens_per_expert"))
+        tokens = rows_of_expert(position, _argument(args, kwargs, 1, "tokens_per_expert"))
         hidden, weights = args[0][tokens], _argument(args, kwargs, 2, "permuted_probs")[tokens].unsqueeze(-1)
         config: Any = experts.config
         if config.moe_apply_probs_on_input:
@@ -191,10 +211,3 @@ def _read_grouped_weights(experts: nn.Module, position: int) -> Reader:
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs[name]
-
-
-def _tokens_of(position: int, counts: Sequence[int] | Tensor) -> slice:
-    """Return the rows of one expert where rows are sorted by expert; ``counts`` are on the CPU."""
-    numbers = counts.tolist() if isinstance(counts, Tensor) else counts
-    start = sum(numbers[:position])
-    return slice(start, start + numbers[position])

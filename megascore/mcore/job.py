@@ -11,36 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from rich.console import Console
 
-from megascore.errors import ConfigError, DataError
+from megascore.errors import ConfigError, DataError, ScoreFileError
 from megascore.mcore.build import build_model
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig, read_config
 from megascore.mcore.huggingface.load import Checkpoint, load_weights
 from megascore.mcore.layout import check_divisible, check_sequence_length
-from megascore.mcore.schedule import forward_only
+from megascore.mcore.steps import run_steps
 from megascore.mcore.view import MegatronModelView
 from megascore.mcore.world import local_device, parallel_world
-from megascore.parallel.comm import agree, sum_in_place, world_rank
+from megascore.parallel.comm import agree, broadcast_object, world_rank
+from megascore.scoring.checkpointing import Checkpointer, CheckpointPlan
 from megascore.scoring.config import JobConfig
 from megascore.scoring.data import (
     Samples,
     check_enough_samples,
     check_equal_shares,
+    check_source,
     load_samples,
-    micro_batches_of_step,
     num_steps,
+    share_samples,
 )
 from megascore.scoring.dry_run import render_sites
 from megascore.scoring.fingerprint import weights_fingerprint
-from megascore.scoring.progress import ScoringProgress
-from megascore.scoring.recipes import check_iterations, resolve_scores
+from megascore.scoring.recipes import ScoreRequest, check_iterations, resolve_scores
 from megascore.scoring.report import render_scores
 from megascore.scoring.run import ScoringRun
-from megascore.scoring.score_file import Scores, check_output_path
+from megascore.scoring.score_file import Scores, check_output_path, load_scores
+from megascore.scoring.snapshot import fingerprint_of, identity_of
 
 __all__ = ["run_job"]
 
@@ -48,7 +49,8 @@ __all__ = ["run_job"]
 def run_job(config: JobConfig, console: Console) -> Scores | None:
     """Run a scoring job and write its score file.
 
-    Collective over the world that torchrun started; a world of one without torchrun.
+    Collective over the world that torchrun started; a world of one without torchrun. With ``run.checkpoint_dir`` the
+    job saves as it goes; started again, it goes on from there, on any layout, or says that it is finished.
 
     Args:
         config: What to do.
@@ -60,28 +62,58 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
     Raises:
         MegascoreError: a wrong config, model, text, layout or output path, before anything long starts. The rank that
             found it raises what it found, the others `RankFailure`.
+        Preempted: a signal asked for it, and everything is saved.
     """
     timeout = timedelta(minutes=config.run.timeout_minutes)
     device = local_device(config.run.device)
     with _quiet_megatron(), parallel_world(config.parallel, device, timeout):
         model_config = agree("checking the job", lambda: _check(config))
-        inputs = _read_inputs(config, model_config.vocab_size)
-        chunks = agree("loading the model", lambda: _load_model(config, model_config, device))
-        requests = resolve_scores(config.scores)
-        total = _total_steps(config, inputs.samples)
-        if config.run.steps != 0:
-            agree("checking the scores", lambda: check_iterations(requests, total))
-        with ScoringRun(MegatronModelView(chunks), requests, _metadata(config, inputs)) as run:
-            if config.run.steps == 0:
-                render_sites(run, console)
-                return None
-            loss = _run_steps(config, run, chunks, inputs.samples, total, console)
-        scores = run.finish({"loss": loss})
-        agree("writing the score file", lambda: scores.save(config.run.output, overwrite=config.run.overwrite))
-        if world_rank() == 0:
-            console.print(render_scores(scores))
-            console.print(f"Scores written to {config.run.output}")
-        return scores
+        if config.run.checkpoint_dir is None or config.run.steps == 0:
+            return _run(config, model_config, device, console, None)
+        with Checkpointer(_checkpoint_plan(config, config.run.checkpoint_dir), console) as checkpoints:
+            return _run(config, model_config, device, console, checkpoints)
+
+
+def _run(
+    config: JobConfig,
+    model_config: HuggingFaceModelConfig,
+    device: torch.device,
+    console: Console,
+    checkpoints: Checkpointer | None,
+) -> Scores | None:
+    inputs = _read_inputs(config, model_config.vocab_size)
+    requests = resolve_scores(config.scores)
+    total = _total_steps(config, inputs.samples)
+    identity = _identity(config, inputs, requests, total)
+    snapshot = None
+    if checkpoints is not None:
+        finished = _finished_scores(config, identity)
+        if finished is not None:
+            if world_rank() == 0:
+                console.print(f"{config.run.output} holds the finished scores of this run: nothing to do.")
+            return finished
+        agree("checking the output", lambda: _check_output(config))
+        snapshot = checkpoints.find(identity)
+    chunks = agree("loading the model", lambda: _load_model(config, model_config, device))
+    if config.run.steps != 0:
+        agree("checking the scores", lambda: check_iterations(requests, total))
+    with ScoringRun(MegatronModelView(chunks), requests, _metadata(config, inputs, identity)) as run:
+        if config.run.steps == 0:
+            render_sites(run, console)
+            return None
+        if snapshot is not None:
+            run.restore(snapshot.states, snapshot.step)
+        if checkpoints is not None:
+            checkpoints.begin(total, snapshot, {"output": config.run.output, "layout": dict(run.view.layout)})
+        loss = run_steps(config, run, chunks, inputs.samples, total, console, checkpoints, snapshot)
+    scores = run.finish({"loss": loss})
+    agree("writing the score file", lambda: scores.save(config.run.output, overwrite=config.run.overwrite))
+    if checkpoints is not None:
+        checkpoints.finish()
+    if world_rank() == 0:
+        console.print(render_scores(scores))
+        console.print(f"Scores written to {config.run.output}")
+    return scores
 
 
 @contextmanager
@@ -97,17 +129,16 @@ def _check(config: JobConfig) -> HuggingFaceModelConfig:
     """Find what is wrong with a job before anything long starts; every rank looks at what it will need itself."""
     if config.model.hf is None:
         raise ConfigError("model.hf is not given: expected a Hugging Face checkpoint directory.")
-    if config.data.text is None:
-        raise ConfigError("data.text is not given: expected a UTF-8 text file.")
+    config.data.source()
     model_config = read_config(config.model.hf)
     check_divisible(model_config, config.parallel)
     check_sequence_length(config.data.sequence_length, config.parallel)
     with Checkpoint(config.model.hf) as checkpoint:
         checkpoint.check(model_config)
     if world_rank() == 0:
-        if not Path(config.data.text).is_file():
-            raise DataError(f"text {config.data.text} not found: data.text names a UTF-8 file.")
-        check_output_path(config.run.output, overwrite=config.run.overwrite)
+        check_source(config.data)
+        # A run with checkpoints may have written its output already: whether it has is known when the data is read.
+        check_output_path(config.run.output, overwrite=config.run.overwrite or config.run.checkpoint_dir is not None)
     return model_config
 
 
@@ -120,15 +151,14 @@ class _Inputs:
 
 
 def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
-    """Read text and fingerprints on rank 0, and give them to all. Collective over the world."""
-    data, text, folder = config.data, config.data.text, config.model.hf
-    assert text is not None
+    """Read data and fingerprints on rank 0, and give them to all. Collective over the world."""
+    folder = config.model.hf
     assert folder is not None
 
     def read() -> _Inputs | None:
         if world_rank() != 0:
             return None
-        samples = load_samples(text, folder, data.sequence_length, data.num_samples, config.run.seed)
+        samples = load_samples(config.data, folder, config.run.seed)
         data_size = parallel_state.get_data_parallel_world_size()
         check_enough_samples(len(samples.tokens), data_size)
         if config.parallel.expert > 1:
@@ -136,15 +166,14 @@ def _read_inputs(config: JobConfig, vocab_size: int) -> _Inputs:
         largest = int(samples.tokens.max())
         if largest >= vocab_size:
             raise DataError(
-                f"the tokenizer in {folder} gives token {largest}, but the model there has {vocab_size} tokens: "
-                "tokenizer and weights are not of one model."
+                f"{samples.source} gives token {largest}, but the model in {folder} has {vocab_size} tokens: "
+                "the data was not tokenized for this model, or tokenizer and weights are not of one model."
             )
         return _Inputs(samples, weights_fingerprint(folder))
 
-    box = [agree("reading the text", read)]
-    dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None
-    return box[0]
+    own = agree("reading the data", read)
+    samples = share_samples(own.samples if own else None)
+    return _Inputs(samples, broadcast_object(own.weights_fingerprint if own else ""))
 
 
 def _load_model(config: JobConfig, model_config: HuggingFaceModelConfig, device: torch.device) -> list[GPTModel]:
@@ -160,39 +189,70 @@ def _total_steps(config: JobConfig, samples: Samples) -> int:
     return total if config.run.steps is None else min(total, config.run.steps)
 
 
-def _run_steps(
-    config: JobConfig, run: ScoringRun, chunks: Sequence[GPTModel], samples: Samples, total: int, console: Console
-) -> float | None:
-    """Run the data through the model; return the mean loss in nats per token. Collective over the world."""
-    num_samples = len(samples.tokens)
-    data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    device = next(chunks[0].parameters()).device
-    loss_sums = torch.zeros(2, dtype=torch.float64, device=device)
-    tokens_per_step = config.run.global_batch_size * config.data.sequence_length
-    with ScoringProgress(total, tokens_per_step, enabled=world_rank() == 0, console=console) as progress:
-        for step in range(total):
-            batch, micro_batch = config.run.global_batch_size, config.run.micro_batch_size
-            slices = micro_batches_of_step(step, num_samples, batch, micro_batch, data_rank, data_size)
-            micro_batches = [samples.tokens[part].to(device) for part in slices]
-            losses = forward_only(chunks, micro_batches, compute_loss=config.run.loss)
-            loss_sums[0] += losses.nats
-            loss_sums[1] += losses.num_tokens
-            run.step()
-            progress.advance(min(batch, num_samples - step * batch) * config.data.sequence_length)
-    if not config.run.loss:
-        return None
-    # Tensor-parallel ranks of the last stage hold the same loss: one of them counts.
-    if parallel_state.get_tensor_model_parallel_rank() != 0:
-        loss_sums.zero_()
-    sum_in_place([loss_sums])
-    return float(loss_sums[0] / loss_sums[1])
+def _checkpoint_plan(config: JobConfig, folder: str) -> CheckpointPlan:
+    return CheckpointPlan(
+        Path(folder),
+        interval=config.run.checkpoint_interval,
+        seconds=config.run.checkpoint_seconds,
+        afresh=config.run.resume == "never",
+        # Before the other ranks stop waiting, so that all end with the error of the storage.
+        storage_seconds=config.run.timeout_minutes * 60 / 2,
+    )
 
 
-def _metadata(config: JobConfig, inputs: _Inputs) -> dict[str, Any]:
-    text, length = Path(inputs.samples.source).name, config.data.sequence_length
+def _identity(config: JobConfig, inputs: _Inputs, requests: Sequence[ScoreRequest], total: int) -> dict[str, Any]:
+    """Return what the results depend on; the layout, batch sizes within a step and paths are not part of it."""
+    return identity_of(
+        model={"weights_fingerprint": inputs.weights_fingerprint, "dtype": config.model.dtype},
+        data={
+            "fingerprint": inputs.samples.fingerprint,
+            "sequence_length": config.data.sequence_length,
+            "num_samples": len(inputs.samples.tokens),
+        },
+        run={
+            "seed": config.run.seed,
+            "steps": total,
+            "global_batch_size": config.run.global_batch_size,
+            "loss": config.run.loss,
+        },
+        scores=[{"target": r.target, "method": r.method, **dict(r.options)} for r in requests],
+    )
+
+
+def _finished_scores(config: JobConfig, identity: dict[str, Any]) -> Scores | None:
+    """Return the scores that this very run has written before, on every rank. Collective over the world."""
+
+    def read() -> Scores | None:
+        if world_rank() != 0 or config.run.resume == "never" or not Path(config.run.output).is_file():
+            return None
+        try:
+            scores = load_scores(config.run.output)
+        except ScoreFileError:
+            # Some other file: whether it may be replaced is asked next.
+            return None
+        return scores if scores.metadata.get("run_fingerprint") == fingerprint_of(identity) else None
+
+    return broadcast_object(agree("looking for a finished result", read))
+
+
+def _check_output(config: JobConfig) -> None:
+    if world_rank() == 0:
+        check_output_path(config.run.output, overwrite=config.run.overwrite)
+
+
+def _metadata(config: JobConfig, inputs: _Inputs, identity: dict[str, Any]) -> dict[str, Any]:
+    kind, path = config.data.source()
+    field = {"field": config.data.field} if kind in ("jsonl", "dataset") else {}
     return {
         "model": {"name": Path(config.model.hf or "").resolve().name, "dtype": config.model.dtype},
+        "run_fingerprint": fingerprint_of(identity),
         "weights_fingerprint": inputs.weights_fingerprint,
         "data_fingerprint": inputs.samples.fingerprint,
-        "data": {"text": text, "sequence_length": length, "seed": config.run.seed},
+        "data": {
+            kind: Path(path).name,
+            **field,
+            "packing": config.data.packing,
+            "sequence_length": config.data.sequence_length,
+            "seed": config.run.seed,
+        },
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -17,10 +17,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megascore.mcore.context_parallel import local_positions
+from megascore.scoring.run import ScoringRun
 
 __all__ = ["LossSums", "forward_only", "token_losses"]
 
-ForwardStep = Callable[[Iterator[Tensor], GPTModel], tuple[Tensor, Any]]
+MicroBatch = tuple[Tensor, "Tensor | None"]
+"""Token numbers [B, S] int64, and which of them count, [B, S] bool; None: all."""
+ForwardStep = Callable[[Iterator[MicroBatch], GPTModel], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,17 @@ class LossSums:
     nats: Tensor
     """[] float64, negative log-likelihood summed over the predicted tokens; on the device of the model."""
     num_tokens: int
-    """Predicted tokens: each sequence's, except its first."""
+    """Predicted tokens: those of each sequence that count, except its first."""
 
 
 @torch.no_grad()
-def forward_only(model_chunks: Sequence[GPTModel], micro_batches: Sequence[Tensor], compute_loss: bool) -> LossSums:
+def forward_only(
+    model_chunks: Sequence[GPTModel],
+    micro_batches: Sequence[Tensor],
+    compute_loss: bool,
+    masks: Sequence[Tensor] | None = None,
+    run: ScoringRun | None = None,
+) -> LossSums:
     """Run micro-batches through the model, causally masked, for what hooks see of it.
 
     Collective over tensor, context and pipeline ranks, which must give the same micro-batches, whole sequences each;
@@ -44,6 +53,9 @@ def forward_only(model_chunks: Sequence[GPTModel], micro_batches: Sequence[Tenso
         model_chunks: The virtual-pipeline chunks of this rank.
         micro_batches: Token numbers, [B, S] int64 each.
         compute_loss: Whether to compute the loss; without it the output layer is not run at all.
+        masks: Which tokens of each micro-batch count, [B, S] bool each, best in host memory. Others have no part in the
+            loss nor in the scores. None counts all.
+        run: The scoring run whose hooks are on the model; it is told the mask of each micro-batch when that runs.
 
     Returns:
         The loss on the last pipeline stage, of this context-parallel rank's tokens and the same on tensor-parallel
@@ -51,26 +63,32 @@ def forward_only(model_chunks: Sequence[GPTModel], micro_batches: Sequence[Tenso
     """
     device = next(model_chunks[0].parameters()).device
     nats, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    all_counted: Sequence[Tensor | None] = [None] * len(micro_batches)
+    given: list[MicroBatch] = list(zip(micro_batches, all_counted if masks is None else masks, strict=True))
     with _output_layers(model_chunks, run=compute_loss):
-        for _, group in groupby(micro_batches, key=lambda tokens: tokens.shape):
-            for losses in _run_group(model_chunks, list(group), device, compute_loss):
-                nats += losses.sum(dtype=torch.float64)
-                num_tokens += losses.numel()
+        for _, group in groupby(given, key=lambda micro_batch: micro_batch[0].shape):
+            for losses in _run_group(model_chunks, list(group), device, compute_loss, run):
+                nats += losses.nats
+                num_tokens += losses.num_tokens
     return LossSums(nats, num_tokens)
 
 
 def _run_group(
-    model_chunks: Sequence[GPTModel], micro_batches: list[Tensor], device: torch.device, compute_loss: bool
-) -> list[Tensor]:
-    """Losses by token of micro-batches of one shape, [B, S - 1] each; empty where the loss is off or not at hand."""
-    forward_step = partial(_forward_step, device=device, compute_loss=compute_loss)
+    model_chunks: Sequence[GPTModel],
+    micro_batches: list[MicroBatch],
+    device: torch.device,
+    compute_loss: bool,
+    run: ScoringRun | None,
+) -> list[LossSums]:
+    """Losses of micro-batches of one shape; empty where the loss is off or not at hand."""
+    forward_step = partial(_forward_step, device=device, compute_loss=compute_loss, run=run)
     num_stages = parallel_state.get_pipeline_model_parallel_world_size()
     if len(model_chunks) > 1 and len(micro_batches) < num_stages:
         return _run_rounds(model_chunks, micro_batches, device, forward_step)
     if len(model_chunks) > 1:
         # One group for all of them: Megatron refuses remainders smaller than the pipeline.
         model_chunks[0].config.microbatch_group_size_per_vp_stage = len(micro_batches)
-    batch_size, sequence_length = micro_batches[0].shape
+    batch_size, sequence_length = micro_batches[0][0].shape
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(micro_batches) for _ in model_chunks],
@@ -85,8 +103,8 @@ def _run_group(
 
 
 def _run_rounds(
-    model_chunks: Sequence[GPTModel], micro_batches: list[Tensor], device: torch.device, forward_step: ForwardStep
-) -> list[Tensor]:
+    model_chunks: Sequence[GPTModel], micro_batches: list[MicroBatch], device: torch.device, forward_step: ForwardStep
+) -> list[LossSums]:
     """What Megatron's interleaved schedule refuses: fewer micro-batches than stages.
 
     They go round the stages once for each chunk. With fewer messages than stages there is always a rank that is not
@@ -97,9 +115,9 @@ def _run_rounds(
     previous_rank = parallel_state.get_pipeline_model_parallel_prev_rank()
     next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
     is_last_stage = dist.get_rank(group) == dist.get_world_size(group) - 1
-    results: list[Tensor] = []
+    results: list[LossSums] = []
     for number, chunk in enumerate(model_chunks):
-        for tokens in micro_batches:
+        for tokens, mask in micro_batches:
             if not chunk.pre_process:
                 batch_size, length = tokens.shape
                 local_length = length // config.context_parallel_size
@@ -110,7 +128,7 @@ def _run_rounds(
                 )
                 dist.recv(received, src=previous_rank, group=group)
                 chunk.set_input_tensor(received)
-            output, losses_of = forward_step(iter([tokens]), chunk)
+            output, losses_of = forward_step(iter([(tokens, mask)]), chunk)
             if is_last_stage and number == len(model_chunks) - 1:
                 losses = losses_of(output, non_loss_data=True)
                 results.extend([] if losses is None else [losses])
@@ -120,20 +138,36 @@ def _run_rounds(
 
 
 def _forward_step(
-    micro_batches: Iterator[Tensor], model: GPTModel, *, device: torch.device, compute_loss: bool
+    micro_batches: Iterator[MicroBatch],
+    model: GPTModel,
+    *,
+    device: torch.device,
+    compute_loss: bool,
+    run: ScoringRun | None,
 ) -> tuple[Tensor, Any]:
-    tokens = next(micro_batches).to(device)
+    tokens, mask = next(micro_batches)
+    tokens = tokens.to(device)
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     positions = local_positions(tokens.shape[1], cp_rank, cp_size, device)
-    # Without a mask, the layers' own causal one holds.
-    output = model(tokens[:, positions], positions.expand(len(tokens), -1), None)
+    # Schedules mix micro-batches, and the hooks see the one that runs here.
+    with nullcontext() if run is None else run.masked(mask):
+        # Without an attention mask, the layers' own causal one holds: padding on the right is seen by no other token.
+        output = model(tokens[:, positions], positions.expand(len(tokens), -1), None)
 
-    def losses(logits: Tensor, *, non_loss_data: bool) -> Tensor | None:
+    def losses(logits: Tensor, *, non_loss_data: bool) -> LossSums | None:
         assert non_loss_data
         if not compute_loss:
             return None
-        has_next = positions < tokens.shape[1] - 1
-        return token_losses(logits[:, has_next], tokens[:, positions[has_next] + 1])
+        length = tokens.shape[1]
+        has_next = positions < length - 1
+        nats = token_losses(logits[:, has_next], tokens[:, positions[has_next] + 1])
+        if mask is None:
+            return LossSums(nats.sum(dtype=torch.float64), nats.numel())
+        # Found where the mask is, so that nothing waits for the device.
+        following = local_positions(length, cp_rank, cp_size, mask.device) + 1
+        counted = mask[:, following[following < length]]
+        nats = nats.where(counted.to(device), 0.0)
+        return LossSums(nats.sum(dtype=torch.float64), int(counted.sum()))
 
     return output, losses
 

@@ -20,8 +20,8 @@ from megascore.mcore.experts import ExpertPlace, build_expert_hook, expert_facts
 from megascore.mcore.fused_norm import fused_norm_output, has_fused_norm
 from megascore.mcore.groups import DenseGroups
 from megascore.mcore.hooks import build_hook
+from megascore.mcore.masks import SequenceMask
 from megascore.mcore.placement import place_hidden_states, place_kv_heads, place_row_parallel_input
-from megascore.parallel.axes import Placement
 from megascore.scoring.places import Place, PlaceKind, Reader, first_tensor
 from megascore.scoring.recipes import ScoreRequest
 
@@ -50,6 +50,12 @@ class MegatronModelView:
             raise ModelError(f"{names}: no module was built with a Megatron-Core TransformerConfig.")
         self._config: TransformerConfig = built.config
         self._groups = DenseGroups.of(built)
+        context = self._groups.axis("cp")
+        self._mask = SequenceMask(context)
+        """Of the inputs of row-parallel linear layers, which have what context parallelism leaves of a sequence."""
+        self._mask_of_hidden_states = SequenceMask(
+            context, self._groups.axis("tp") if self._sequence_parallel else None
+        )
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -128,7 +134,8 @@ class MegatronModelView:
         if isinstance(layer.mlp, MLP):
             yield self._linear(PlaceKind.FFN_PROJECTION, name, layer, path, "mlp.linear_fc2")
         if isinstance(layer.mlp, MoELayer):
-            yield from expert_places(layer.mlp, f"{name}.mlp", f"{path}.mlp", self._groups)
+            masks = self._mask_of_hidden_states
+            yield from expert_places(layer.mlp, f"{name}.mlp", f"{path}.mlp", self._groups, masks)
             if layer.mlp.shared_experts is not None:
                 yield self._linear(
                     PlaceKind.SHARED_EXPERT_PROJECTION,
@@ -150,13 +157,14 @@ class MegatronModelView:
     ) -> Place:
         module = layer.get_submodule(linear)
         placement = place_row_parallel_input(module, self._groups, communicates=communicates)
-        return self._place(kind, f"{name}.{linear}", module, f"{path}.{linear}", placement, _read_linear)
+        return Place(
+            kind, f"{name}.{linear}", module, f"{path}.{linear}", placement, _read_linear, local_mask=self._mask
+        )
 
     def _kv_heads(self, name: str, linear: nn.Module, path: str) -> Place:
         placement = place_kv_heads(self._config.num_query_groups, self._groups)
-        return self._place(
-            PlaceKind.KV_HEADS, f"{name}.self_attention.linear_proj", linear, path, placement, _read_linear
-        )
+        place_name = f"{name}.self_attention.linear_proj"
+        return Place(PlaceKind.KV_HEADS, place_name, linear, path, placement, _read_linear, local_mask=self._mask)
 
     def _norm(self, name: str, module: nn.Module, path: str, read: Reader | None = None) -> Place:
         return self._hidden_states(PlaceKind.NORM, name, module, path, self._config.hidden_size, read or _read_norm)
@@ -165,12 +173,7 @@ class MegatronModelView:
         self, kind: PlaceKind, name: str, module: nn.Module, path: str, num_channels: int, read: Reader
     ) -> Place:
         placement = place_hidden_states(num_channels, self._sequence_parallel, self._groups)
-        return self._place(kind, name, module, path, placement, read)
-
-    def _place(
-        self, kind: PlaceKind, name: str, module: nn.Module, path: str, placement: Placement, read: Reader
-    ) -> Place:
-        return Place(kind, name, module, path, placement, read)
+        return Place(kind, name, module, path, placement, read, local_mask=self._mask_of_hidden_states)
 
 
 def _named_chunks(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

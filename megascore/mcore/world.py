@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megascore.errors import ConfigError, LayoutError
 from megascore.mcore.cpu import cpu_stand_in
+from megascore.parallel.rendezvous import store_of_environment
 from megascore.scoring.config import ParallelConfig
 
 __all__ = ["check_world_size", "local_device", "parallel_world"]
@@ -111,10 +112,10 @@ def _distributed(device: torch.device, timeout: timedelta) -> Iterator[None]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if all(name in os.environ for name in TORCHRUN_VARIABLES):
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = store_of_environment(timeout)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield
     finally:

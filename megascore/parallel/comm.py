@@ -13,7 +13,19 @@ from torch import Tensor
 
 from megascore.errors import MegascoreError, RankFailure
 
-__all__ = ["agree", "gather_objects", "sum_in_place", "world_rank", "world_size"]
+__all__ = [
+    "agree",
+    "broadcast_object",
+    "broadcast_tensor",
+    "gather_objects",
+    "max_over_world",
+    "sum_in_place",
+    "world_rank",
+    "world_size",
+]
+
+PIECE_BYTES = 1 << 26
+"""Memory of a device that a broadcast takes at most."""
 
 Result = TypeVar("Result")
 
@@ -52,6 +64,49 @@ def gather_objects(own: Any, group: dist.ProcessGroup | None = None) -> list[Any
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, own, group=group)
     return gathered
+
+
+def max_over_world(values: Sequence[int]) -> list[int]:
+    """Return the largest of each value over all ranks. Collective over the world: one small all-reduce."""
+    if world_size() == 1:
+        return list(values)
+    on_device = torch.tensor(values, dtype=torch.int64, device=_collective_device())
+    dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
+    return [int(value) for value in on_device.tolist()]
+
+
+def broadcast_object(own: Result) -> Result:
+    """Return rank 0's object on every rank. Collective over the world; the objects are this program's own."""
+    if world_size() == 1:
+        return own
+    box = [own if world_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def broadcast_tensor(own: Tensor | None) -> Tensor:
+    """Return rank 0's tensor, which is in host memory, on every rank, in host memory too.
+
+    Collective over the world; other ranks bring None. It goes in pieces, so that a device need not hold all of it.
+    """
+    like = broadcast_object(None if own is None else own.to("meta"))
+    assert like is not None
+    whole = (
+        torch.empty_like(like, device="cpu", memory_format=torch.contiguous_format) if own is None else own.contiguous()
+    )
+    if world_size() == 1:
+        return whole
+    device = _collective_device()
+    for piece in torch.split(whole.view(-1), max(1, PIECE_BYTES // whole.itemsize)):
+        sent = piece.to(device)
+        dist.broadcast(sent, src=0)
+        piece.copy_(sent)
+    return whole
+
+
+def _collective_device() -> torch.device:
+    """Return where the tensors of a collective over the world must be: NCCL knows no host memory."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megascore.capture.block_inputs import device_of, run_model
 from megascore.capture.feeds import BlockFeed, CachedFeed, FreshFeed
@@ -25,7 +25,8 @@ from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.block_views import PartView, find_blocks, places_by_block
 from megascore.scoring.places import KIND_OF_TARGET, ModelView, Place
 from megascore.scoring.recipes import ScoreRequest
-from megascore.scoring.run import Results, ScoringRun, run_metadata
+from megascore.scoring.results import Results, run_metadata
+from megascore.scoring.run import ScoringRun
 from megascore.scoring.score_file import Scores
 from megascore.scoring.sites import check_places, check_targets
 
@@ -46,6 +47,8 @@ class BlockwiseOptions:
     """Where inputs wait; the host's memory if not given."""
     weights: str | Path | None = None
     """Checkpoint folder of weights that are on the meta device."""
+    token_masks: Sequence[Tensor | None] | None = None
+    """For each batch which tokens count, bool [B, S]; None counts all."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Entries for the score file."""
 
@@ -74,6 +77,7 @@ def score_blocks(
     agree("looking for the modules to score", lambda: check_places(view, requests))
     check_targets(view, requests)
     num_passes = agree("counting the batches", lambda: _num_passes(requests, len(batches)))
+    masks = agree("counting the masks", lambda: _masks(options.token_masks, len(batches)))
     _check_same_everywhere(len(batches))
     device = options.device if options.device is not None else device_of(model)
     weights = agree("looking for the weights", lambda: MovingWeights(model, device, options.weights))
@@ -86,7 +90,7 @@ def score_blocks(
     feed = feed_class(model, own_blocks, len(batches), forward, weights, store)
     try:
         with measuring(model):
-            results = _Blockwise(view, own_blocks, num_passes, len(batches), feed, weights).run()
+            results = _Blockwise(view, own_blocks, num_passes, masks, feed, weights).run()
     finally:
         feed.close()
     results.require_data()
@@ -103,14 +107,14 @@ class _Blockwise:
         view: ModelView,
         blocks: Sequence[nn.Module],
         num_passes: Mapping[ScoreRequest, int],
-        num_batches: int,
+        masks: Sequence[Tensor | None],
         feed: BlockFeed,
         weights: MovingWeights,
     ) -> None:
         self._view = view
         self._blocks = blocks
         self._num_passes = num_passes
-        self._num_batches = num_batches
+        self._masks = masks
         self._feed = feed
         self._weights = weights
         inside, outside = places_by_block(view.places, blocks)
@@ -135,7 +139,8 @@ class _Blockwise:
         with self._weights.present(block), self._scoring((block,), places) as runs:
             total = max(runs, default=1)
             for pass_number in range(1, total + 1):
-                for index in range(self._num_batches):
+                for index, mask in enumerate(self._masks):
+                    _set_mask(runs, mask)
                     call = self._feed.call(number, index)
                     output = block(*call.args, **call.kwargs)
                     # Before that its inputs are still needed.
@@ -156,7 +161,8 @@ class _Blockwise:
             HaltAfter(modules) as until,
         ):
             for pass_number in range(1, max(runs) + 1):
-                for index in range(self._num_batches):
+                for index, mask in enumerate(self._masks):
+                    _set_mask(runs, mask)
                     until.run(forward, index)
                     _step(runs, pass_number)
                 _close_done(runs, pass_number)
@@ -183,6 +189,11 @@ class _Blockwise:
         if self._outside and self._feed.needs_every_block:
             return len(self._blocks) - 1
         return max((number for number, places in enumerate(self._inside) if places), default=-1)
+
+
+def _set_mask(runs: Mapping[int, ScoringRun], mask: Tensor | None) -> None:
+    for run in runs.values():
+        run.token_mask = mask
 
 
 def _step(runs: Mapping[int, ScoringRun], pass_number: int) -> None:
@@ -225,6 +236,19 @@ def _num_passes(requests: Sequence[ScoreRequest], num_batches: int) -> dict[Scor
             )
         num_passes[request] = iterations // num_batches
     return num_passes
+
+
+def _masks(masks: Sequence[Tensor | None] | None, num_batches: int) -> Sequence[Tensor | None]:
+    """Return one mask for each batch.
+
+    Raises:
+        DataError: there are more or fewer.
+    """
+    if masks is None:
+        return [None] * num_batches
+    if len(masks) != num_batches:
+        raise DataError(f"there are {len(masks)} token masks for {num_batches} batches: give one for each, or None.")
+    return masks
 
 
 def _check_same_everywhere(num_batches: int) -> None:

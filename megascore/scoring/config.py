@@ -21,6 +21,8 @@ __all__ = ["DataConfig", "JobConfig", "ModelConfig", "ParallelConfig", "RunConfi
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
+RESUME = ("auto", "never")
+DATA_SOURCES = ("text", "jsonl", "dataset", "megatron", "tokens")
 
 
 @dataclass
@@ -39,20 +41,58 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Calibration data."""
+    """Calibration data, from exactly one of text, jsonl, dataset, megatron and tokens."""
 
     text: str | None = None
-    """Plain UTF-8 text file, tokenized with the model's own tokenizer and packed without padding."""
+    """Plain UTF-8 text file: one running text."""
+    jsonl: str | None = None
+    """JSON lines, each with a document in the field named by ``field``."""
+    dataset: str | None = None
+    """Folder that Hugging Face's ``Dataset.save_to_disk`` wrote; documents are in the column named by ``field``."""
+    megatron: str | None = None
+    """Megatron's indexed dataset of token ids: the path of its .bin and .idx files, without these endings."""
+    tokens: str | None = None
+    """.npy file of token ids: a stream [tokens], or documents [samples, tokens]."""
+    field: str = "text"
+    """Field or column with the documents: texts, or lists of token ids."""
+    tokenizer: str | None = None
+    """Hugging Face folder of the tokenizer; null takes that of model.hf."""
+    packing: bool = True
+    """Join documents and cut them into whole samples; false makes a sample of each document, cut off or padded."""
     sequence_length: int = 256
     """Tokens of one sample."""
     num_samples: int | None = None
-    """Samples to use; null uses every whole sample in the text."""
+    """Samples to use; null uses all there are."""
 
     def __post_init__(self) -> None:
-        """Check values that do not depend on other sections."""
+        """Check the keys against each other.
+
+        Raises:
+            ConfigError: more than one source, or a text that is not to be packed.
+        """
+        given = [key for key in DATA_SOURCES if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(f'data.{key}' for key in given)} are given: expected one of them.")
+        if self.text is not None and not self.packing:
+            raise ConfigError(
+                "data.packing=false makes a sample of each document, and data.text is one document: "
+                "put documents into a file of JSON lines (data.jsonl), or leave data.packing=true."
+            )
         _require_at_least("data.sequence_length", self.sequence_length, 2)
         if self.num_samples is not None:
             _require_at_least("data.num_samples", self.num_samples, 1)
+
+    def source(self) -> tuple[str, str]:
+        """Return the key of the source that is given, and its path.
+
+        Raises:
+            ConfigError: none is.
+        """
+        for key in DATA_SOURCES:
+            path = getattr(self, key)
+            if path is not None:
+                return key, path
+        raise ConfigError(f"no data is given: expected one of {', '.join(f'data.{key}' for key in DATA_SOURCES)}.")
 
 
 @dataclass
@@ -112,6 +152,14 @@ class RunConfig:
     """Also compute the language-model loss on the calibration data, which tells whether model and text fit."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others before all stop with an error."""
+    checkpoint_dir: str | None = None
+    """Folder of this run's checkpoints and its progress.json, seen by all machines; null: a killed run is lost."""
+    checkpoint_interval: int | None = None
+    """Steps between checkpoints; null leaves it to the clock."""
+    checkpoint_seconds: float | None = 300.0
+    """Time between checkpoints by rank 0's clock, at least 100 times what the last one took; null: no clock."""
+    resume: str = "auto"
+    """auto goes on from the newest checkpoint in the folder; never drops those that are there and starts afresh."""
 
     def __post_init__(self) -> None:
         """Check values that do not depend on other sections."""
@@ -120,8 +168,12 @@ class RunConfig:
         _require_at_least("run.global_batch_size", self.global_batch_size, 1)
         _require_at_least("run.micro_batch_size", self.micro_batch_size, 1)
         _require_one_of("run.device", self.device, DEVICES)
-        if self.timeout_minutes <= 0:
-            raise ConfigError(f"run.timeout_minutes is {self.timeout_minutes}: expected a positive number.")
+        _require_one_of("run.resume", self.resume, RESUME)
+        if self.checkpoint_interval is not None:
+            _require_at_least("run.checkpoint_interval", self.checkpoint_interval, 1)
+        _require_positive("run.timeout_minutes", self.timeout_minutes)
+        if self.checkpoint_seconds is not None:
+            _require_positive("run.checkpoint_seconds", self.checkpoint_seconds)
 
 
 @dataclass
@@ -185,6 +237,11 @@ def _overrides_text(overrides: Sequence[str]) -> str:
 def _require_at_least(key: str, value: int, minimum: int) -> None:
     if value < minimum:
         raise ConfigError(f"{key} is {value}: expected a whole number of at least {minimum}.")
+
+
+def _require_positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{key} is {value}: expected a positive number.")
 
 
 def _require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,25 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from megascore.errors import LayoutError
+from megascore.errors import DataError, LayoutError
 from megascore.hooks import ForwardHook
 from megascore.parallel.axes import Placement
 from megascore.scoring.recipes import ScoreRequest
 
-__all__ = ["KIND_OF_TARGET", "ModelView", "Place", "PlaceKind", "Reader", "check_covers_world", "first_tensor"]
+__all__ = [
+    "KIND_OF_TARGET",
+    "LocalMask",
+    "MaskFollower",
+    "ModelView",
+    "Place",
+    "PlaceKind",
+    "Reader",
+    "batch_first_mask",
+    "check_covers_world",
+    "first_tensor",
+    "mask_mismatch",
+]
 
 Reader = Callable[[tuple[Any, ...], Mapping[str, Any], Any], tuple[Tensor, Tensor]]
 """Takes what a forward hook gets (args, kwargs, output); returns input and output, sequence first [S, B, C].
 
 At a norm both are the norm's output, for that is what is scored there.
 """
+
+
+LocalMask = Callable[[Tensor, Tensor], Tensor]
+"""Takes the mask of the batch, bool [B, S] of whole sequences, and the input that the reader returned; returns which of
+this rank's tokens there count, bool, the input's shape without channels."""
+
+
+class MaskFollower(Protocol):
+    """What must happen between a batch's mask and some places, such as sending it where the tokens go."""
+
+    def follow(self, current_mask: Callable[[], Tensor | None]) -> RemovableHandle:
+        """Go along with the model's forward passes from now on, until the handle is removed."""
+
+
+def batch_first_mask(mask: Tensor, activations: Tensor) -> Tensor:
+    """Return the mask [S, B] of activations [S, B, C] on a rank that has whole sequences; [B * S] of [B * S, C].
+
+    Raises:
+        DataError: the mask is of another batch.
+    """
+    num_samples, length = mask.shape
+    if activations.dim() == 2 and len(activations) == mask.numel():
+        return mask.reshape(-1)
+    if activations.dim() != 3 or activations.shape[:2] != (length, num_samples):
+        raise mask_mismatch(mask, activations)
+    return mask.T
+
+
+def mask_mismatch(mask: Tensor, activations: Tensor, parts: int = 1) -> DataError:
+    """Return the error for a mask that is not of the batch that runs; a rank has one of ``parts`` of the sequences."""
+    what = f"{activations.shape[1]} samples of {activations.shape[0]}" if activations.dim() == 3 else len(activations)
+    of_whole = f", 1/{parts} of each sequence" if parts > 1 else ""
+    return DataError(
+        f"the token mask is {list(mask.shape)} [samples, sequence], but the model runs {what} tokens here{of_whole}: "
+        "give the mask of the batch that runs, for whole sequences."
+    )
 
 
 class PlaceKind(Enum):
@@ -62,6 +111,9 @@ class Place:
     """Name in this rank's own module tree."""
     placement: Placement
     read: Reader
+    local_mask: LocalMask = field(default=batch_first_mask, kw_only=True)
+    mask_follower: MaskFollower | None = field(default=None, kw_only=True)
+    """What `local_mask` depends on; places may share one."""
 
     @property
     def device(self) -> torch.device:

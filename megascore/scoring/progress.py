@@ -31,6 +31,7 @@ class ScoringProgress:
         tokens_per_step: int,
         *,
         enabled: bool,
+        done_steps: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
         log_seconds: float = _LOG_SECONDS,
@@ -41,13 +42,14 @@ class ScoringProgress:
             total_steps: Steps of the whole run.
             tokens_per_step: Tokens of one step over all ranks, where `advance` isn't told otherwise.
             enabled: Whether this rank shows anything.
+            done_steps: Steps that an earlier process has done.
             console: Where to; standard error if None, so that standard output keeps the result.
             clock: Seconds, for tests.
             log_seconds: Least time between two lines where there is no terminal.
         """
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
-        self.steps = 0
+        self.steps = self._first_step = done_steps
         self.tokens = 0
         self._enabled = enabled
         self._console = console or Console(stderr=True)
@@ -65,7 +67,8 @@ class ScoringProgress:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._start_bar()
         else:
-            self._write(f"{self.total_steps} steps of {self.tokens_per_step:,} tokens")
+            after = f", {self.steps} of them done" if self.steps else ""
+            self._write(f"{self.total_steps} steps of {self.tokens_per_step:,} tokens{after}")
         return self
 
     def __exit__(
@@ -99,15 +102,16 @@ class ScoringProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time that the steps left take at the pace so far; None before the first step."""
-        if not self.steps:
+        """Time that the steps left take at the pace so far; None before this process's first step."""
+        own_steps = self.steps - self._first_step
+        if not own_steps:
             return None
-        return (self._clock() - self._started) / self.steps * max(self.total_steps - self.steps, 0)
+        return (self._clock() - self._started) / own_steps * max(self.total_steps - self.steps, 0)
 
     def _start_bar(self) -> None:
         columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("steps  {task.fields[rate]}"))
         self._bar = Progress(*columns, console=self._console, refresh_per_second=4)
-        self._task = self._bar.add_task("scoring", total=self.total_steps, rate="")
+        self._task = self._bar.add_task("scoring", total=self.total_steps, completed=self.steps, rate="")
         self._bar.start()
 
     def _line_is_due(self) -> bool:

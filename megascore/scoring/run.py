@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from megascore.errors import HookStateError
+from megascore.errors import CheckpointError, DataError
 from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, sum_in_place
 from megascore.parallel.merge import Part, merge_over_world
@@ -19,6 +19,7 @@ from megascore.parallel.placed_hook import PlacedHook
 from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.places import ModelView
 from megascore.scoring.recipes import ScoreRequest
+from megascore.scoring.results import Results, run_metadata
 from megascore.scoring.score_file import Scores
 from megascore.scoring.sites import (
     SCORE,
@@ -30,39 +31,17 @@ from megascore.scoring.sites import (
     plan_of_states,
 )
 
-__all__ = ["Results", "ScoringRun", "run_metadata"]
-
-
-@dataclass(frozen=True)
-class Results:
-    """Merged results of sites, by their keys: the same on every rank."""
-
-    states: dict[str, State] = field(default_factory=dict)
-    """Statistics, on the CPU."""
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    """Finished scores [units] float64, on the CPU; zeros where no token was seen."""
-
-    def update(self, others: Results) -> None:
-        """Add the results of other sites."""
-        self.states.update(others.states)
-        self.scores.update(others.scores)
-
-    def require_data(self) -> None:
-        """Refuse results of nothing.
-
-        Raises:
-            HookStateError: no tokens have been seen.
-        """
-        if not any(int(state["num_tokens"]) for state in self.states.values()):
-            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
+__all__ = ["ScoringRun"]
 
 
 class ScoringRun:
     """Scores a model while it runs in its owner's loop.
 
     Building one is collective over the world: all ranks do it together, and so are `step` and `finish`. Forward
-    passes in between communicate nothing on behalf of the scores. The model is in evaluation mode meanwhile (dropout
-    would be measured otherwise); leaving the ``with`` block, or `close`, takes the hooks off and restores the mode.
+    passes in between communicate nothing on behalf of the scores. Where batches are padded, set the `token_mask`.
+
+    The model is in evaluation mode meanwhile (dropout would be measured otherwise); leaving the ``with`` block, or
+    `close`, takes the hooks off and restores the mode.
     """
 
     def __init__(
@@ -89,12 +68,16 @@ class ScoringRun:
         self._metadata = dict(metadata or {})
         self._plan = plan_of_states(self.sites)
         self._score_plan = plan_of_scores(self.sites)
+        self._token_mask: Tensor | None = None
         self._modes = [(module, module.training) for chunk in view.modules for module in chunk.modules()]
         self._handles: list[RemovableHandle] = []
         for chunk in view.modules:
             chunk.eval()
         for site in self.sites:
-            self._handles.append(site.place.module.register_forward_hook(_forward_hook(site), with_kwargs=True))
+            self._handles.append(site.place.module.register_forward_hook(self._forward_hook(site), with_kwargs=True))
+        for follower in dict.fromkeys(site.place.mask_follower for site in self.sites):
+            if follower is not None:
+                self._handles.append(follower.follow(lambda: self._token_mask))
 
     def __enter__(self) -> ScoringRun:
         """Return the run itself; the hooks are on already."""
@@ -115,6 +98,43 @@ class ScoringRun:
             module.training = training
         self._modes.clear()
 
+    @property
+    def token_mask(self) -> Tensor | None:
+        """Which tokens of the batch that runs now count, bool [B, S]; None (the default) counts all.
+
+        Set it before each forward pass; what is set is copied. It is given for whole sequences, in the order of the
+        batch, on every rank that runs the batch: tensor-, context- and pipeline-parallel ranks take their parts of it.
+        A Hugging Face ``attention_mask`` will do. It changes what is counted, never what the model computes. Where
+        routed experts are scored it travels with the tokens, so of ranks that exchange tokens all or none set one.
+
+        Raises:
+            DataError: it is not two-dimensional, or neither bool nor integer.
+        """
+        return self._token_mask
+
+    @token_mask.setter
+    def token_mask(self, mask: Tensor | None) -> None:
+        if mask is None:
+            self._token_mask = None
+            return
+        if mask.dim() != 2 or mask.is_floating_point() or mask.is_complex():
+            raise DataError(
+                f"the token mask is {mask.dtype} {list(mask.shape)}: expected bool (or 0 and 1) [samples, sequence], "
+                "True for each token that counts."
+            )
+        # A copy of its own, so that a place may remember what it made of it.
+        self._token_mask = mask.detach().ne(0).to(self._device(), non_blocking=True)
+
+    @contextmanager
+    def masked(self, mask: Tensor | None) -> Iterator[None]:
+        """Count only the tokens of ``mask`` in forward passes inside; see `token_mask`. Not collective."""
+        before = self._token_mask
+        self.token_mask = mask
+        try:
+            yield
+        finally:
+            self._token_mask = before
+
     def step(self) -> None:
         """End a step: ranks that hold parts of the same samples add them up.
 
@@ -123,6 +143,40 @@ class ScoringRun:
         """
         self._settle()
         self.num_steps += 1
+
+    def merged_states(self) -> dict[str, dict[str, Tensor]]:
+        """Return a snapshot of the statistics of all sites in the world, in global terms, on the CPU of every rank.
+
+        Collective over the world: what waits for other ranks is added up first, then one all-reduce. The accumulators
+        are not changed.
+        """
+        self._settle()
+        merged = merge_over_world(self._plan, {site.key: site.part() for site in self.sites}, self._device())
+        return {key: {name: value.cpu() for name, value in state.items()} for key, state in merged.items()}
+
+    def restore(self, states: Mapping[str, State], num_steps: int) -> None:
+        """Go on from a snapshot, also one that was taken on another layout.
+
+        Collective over the world; nothing is changed on any rank if the snapshot doesn't fit on one.
+
+        Args:
+            states: What `merged_states` returned, the same on every rank.
+            num_steps: Steps that it holds.
+
+        Raises:
+            CheckpointError: it is of other sites, sizes or weights; every difference is named.
+        """
+        agree("comparing the saved state with the model", lambda: self._check_states(states))
+        for site in self.sites:
+            site.restore(states[site.key])
+        self.num_steps = num_steps
+
+    def _check_states(self, states: Mapping[str, State]) -> None:
+        missing = [f"{key} has no saved state" for key in self._plan if key not in states]
+        foreign = [f"{key} is saved, but not scored in this run" for key in states if key not in self._plan]
+        other = [text for site in self.sites if site.key in states for text in site.differences_from(states[site.key])]
+        if missing or foreign or other:
+            raise CheckpointError(f"the saved state is not of this run: {'; '.join([*missing, *foreign, *other])}.")
 
     def finish(self, metadata: Mapping[str, Any] | None = None) -> Scores:
         """Merge the statistics of all ranks, and return the same scores on every one.
@@ -151,13 +205,11 @@ class ScoringRun:
             HookStateError: iterations of an iterative score are missing.
             RankFailure: another rank could not compute its scores.
         """
-        self._settle()
         device = self._device()
-        merged = merge_over_world(self._plan, {site.key: site.part() for site in self.sites}, device)
-        states = {key: {name: value.cpu() for name, value in state.items()} for key, state in merged.items()}
+        states = self.merged_states()
         own = agree("computing the scores", lambda: self._own_scores(states, device))
         scores = merge_over_world(self._score_plan, own, device)
-        return Results(dict(states), {key: result[SCORE].cpu() for key, result in scores.items()})
+        return Results(states, {key: result[SCORE].cpu() for key, result in scores.items()})
 
     def _own_scores(self, states: Mapping[str, State], device: torch.device) -> dict[str, Part]:
         """Return the finished scores of this rank's sites, as something to merge; none where no token was seen."""
@@ -184,23 +236,14 @@ class ScoringRun:
         parameters = (parameter for chunk in self.view.modules for parameter in chunk.parameters())
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
+    def _forward_hook(self, site: Site) -> Any:
+        """Return what PyTorch calls after the module: reads its tensors and hands them to the site's hook."""
 
-def run_metadata(view: ModelView, num_steps: int, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a score file says of a run, with the entries of ``metadata``; those on the model are added."""
-    return {
-        "num_steps": num_steps,
-        "model": {**view.facts, **metadata.get("model", {})},
-        "layout": dict(view.layout),
-        **{name: value for name, value in metadata.items() if name != "model"},
-    }
+        def observe(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            with torch.no_grad():
+                inputs, first_output = site.place.read(args, kwargs, output)
+                mask = self._token_mask
+                local_mask = None if mask is None else site.place.local_mask(mask.to(inputs.device), inputs)
+                site.hook.observe(inputs, first_output, local_mask)
 
-
-def _forward_hook(site: Site) -> Any:
-    """Return what PyTorch calls after the module: reads its tensors and hands them to the site's hook."""
-
-    def observe(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with torch.no_grad():
-            inputs, first_output = site.place.read(args, kwargs, output)
-            site.hook.observe(inputs, first_output)
-
-    return observe
+        return observe

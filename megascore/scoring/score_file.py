@@ -6,7 +6,6 @@ else, including a checksum over all of it. The same content gives the same bytes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 
 from megascore.errors import ScoreFileError
 from megascore.parallel.comm import world_rank
 from megascore.scoring.output_path import check_output_path, write_output
+from megascore.scoring.tensor_file import DamagedFile, ForeignFile, decode, encode, json_text
 from megascore.scoring.versions import installed_versions
 
 __all__ = [
@@ -192,9 +190,7 @@ class Scores(Mapping[str, torch.Tensor]):
             write_output(path, self._to_bytes(), overwrite=overwrite)
 
     def _to_bytes(self) -> bytes:
-        content: dict[str, Any] = {"metadata": self._metadata, "unseen": self._unseen}
-        content["sha256"] = _checksum(content, self._values)
-        return safetensors_bytes(self._values, metadata={_METADATA_KEY: _json_text(content)})
+        return encode(_METADATA_KEY, {"metadata": self._metadata, "unseen": self._unseen}, self._values)
 
 
 def load_scores(path: str | Path) -> Scores:
@@ -208,36 +204,30 @@ def load_scores(path: str | Path) -> Scores:
         what = "is a folder" if source.is_dir() else "not found"
         raise ScoreFileError(f"score file {source} {what}: give the path of a file that 'megascore score' wrote.")
     try:
-        with safe_open(source, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-            values = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ScoreFileError(f"score file {source} can't be read as safetensors ({error}): {_DAMAGED}.") from error
-    if text is None:
-        raise ScoreFileError(
-            f"{source} is a safetensors file, but no score file: its metadata has no '{_METADATA_KEY}'."
-        )
-    return _checked_scores(source, text, values)
-
-
-def _checked_scores(source: Path, text: str, values: dict[str, torch.Tensor]) -> Scores:
-    try:
-        content = json.loads(text)
-        schema_version = content["metadata"]["schema_version"]
-        expected = content.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ScoreFileError(f"score file {source} has unreadable metadata ({error!r}): {_DAMAGED}.") from error
-    if isinstance(schema_version, int) and schema_version > SCHEMA_VERSION:
-        raise ScoreFileError(
-            f"score file {source} has schema version {schema_version}; this megascore reads up to {SCHEMA_VERSION}: "
-            "update megascore."
-        )
-    if _checksum(content, values) != expected:
-        raise ScoreFileError(f"score file {source} doesn't match its own checksum: {_DAMAGED}.")
+        content, values = decode(_METADATA_KEY, source.read_bytes())
+    except OSError as error:
+        raise ScoreFileError(f"score file {source} can't be read: {error.strerror or error}.") from error
+    except ForeignFile as error:
+        raise ScoreFileError(f"{source} is a safetensors file, but no score file: {error}.") from error
+    except DamagedFile as error:
+        # A newer megascore may keep its checksum in another way: say that first.
+        _refuse_newer(source, error.content)
+        raise ScoreFileError(f"score file {source} {error}: {_DAMAGED}.") from error
+    _refuse_newer(source, content)
     try:
         return Scores(values, content["metadata"], content["unseen"])
-    except (ScoreFileError, KeyError) as error:
+    except (ScoreFileError, KeyError, TypeError) as error:
         raise ScoreFileError(f"score file {source}: {error}") from error
+
+
+def _refuse_newer(source: Path, content: Any) -> None:
+    metadata = content.get("metadata") if isinstance(content, dict) else None
+    version = metadata.get("schema_version") if isinstance(metadata, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise ScoreFileError(
+            f"score file {source} has schema version {version}; this megascore reads up to {SCHEMA_VERSION}: "
+            "update megascore."
+        )
 
 
 def _checked_vector(key: str, vector: torch.Tensor) -> torch.Tensor:
@@ -266,23 +256,11 @@ def _complete_metadata(metadata: Mapping[str, Any], keys: set[str]) -> dict[str,
         "sites": {},
     }
     # Through JSON and back, so that what is read from a file equals what was written into it.
-    completed: dict[str, Any] = json.loads(_json_text({**derived, **metadata}))
-    return completed
-
-
-def _json_text(content: Any) -> str:
     try:
-        return json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
+        completed: dict[str, Any] = json.loads(json_text({**derived, **metadata}))
     except (TypeError, ValueError) as error:
         raise ScoreFileError(f"score metadata can't be written as JSON: {error}.") from error
-
-
-def _checksum(content: Any, values: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(_json_text(content).encode())
-    for key in sorted(values):
-        digest.update(f"\0{key}\0{values[key].dtype}\0{list(values[key].shape)}\0".encode())
-        digest.update(values[key].contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return completed
 
 
 def _model_order(key: str) -> list[tuple[int, int, str]]:

@@ -50,6 +50,16 @@ class Site:
         """Return this rank's accumulators, to be merged."""
         return Part(self.place.placement, self.statistics, self.hook.state)
 
+    def differences_from(self, saved: State) -> list[str]:
+        """Name every reason why a merged state can't be this site's."""
+        found = self.hook.differences_from(saved, self.place.placement.shard.total)
+        return [f"{self.key}: {difference}" for difference in found]
+
+    def restore(self, merged: State) -> None:
+        """Take this rank's part of a merged state: the parts of all ranks add up to it again."""
+        placement = self.place.placement
+        self.hook.restore({s.name: placement.local_part(s, merged[s.name]) for s in self.statistics})
+
     def score(self, merged: State) -> Tensor:
         """Return the finished score [units] float64 from merged statistics: norm2 over the channels of each unit."""
         channels = self.hook.compute(merged)[SCORE].double()

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import smollm2
+from megascore.scoring.config import DataConfig
 from megascore.scoring.data import load_samples
 
 TEXT = Path("launch/text/northanger_abbey.txt")
@@ -145,7 +146,7 @@ def test_the_real_tokenizer_gives_the_text_back(real_folder: Path) -> None:
 
 
 def test_the_real_model_reads_the_shipped_text(real_folder: Path) -> None:
-    samples = load_samples(TEXT, real_folder, sequence_length=256, num_samples=4)
+    samples = load_samples(DataConfig(text=str(TEXT), sequence_length=256, num_samples=4), real_folder)
     assert samples.num_available_samples == 319
     model = AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32, local_files_only=True)
     with torch.no_grad():

@@ -6,6 +6,7 @@ The experts are computed again here from their weights: no hook of the package, 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,21 +37,26 @@ class Expected:
         return results
 
 
-def record(model: Any) -> Expected:
-    """Register on an unsharded model with sequential experts, and return what is filled while it runs."""
+def record(model: Any, num_real: Callable[[], int | None] = lambda: None) -> Expected:
+    """Register on an unsharded model with sequential experts, and return what is filled while it runs.
+
+    Args:
+        model: Runs one sample at a time where ``num_real`` is given.
+        num_real: Tokens at the beginning of the sample that runs which count; None: all.
+    """
     expected = Expected()
     for number, layer in enumerate(model.decoder.layers):
         if hasattr(layer.mlp, "experts"):
             name = f"decoder.layers.{number}.mlp"
-            layer.mlp.router.register_forward_hook(_routed(expected, name, layer.mlp.experts))
-            layer.mlp.shared_experts.linear_fc2.register_forward_hook(_shared(expected, name))
+            layer.mlp.router.register_forward_hook(_routed(expected, name, layer.mlp.experts, num_real))
+            layer.mlp.shared_experts.linear_fc2.register_forward_hook(_shared(expected, name, num_real))
     return expected
 
 
-def _routed(expected: Expected, name: str, experts: Any) -> Any:
+def _routed(expected: Expected, name: str, experts: Any, num_real: Callable[[], int | None]) -> Any:
     def hook(_router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        tokens = args[0].flatten(0, -2)
-        probabilities, routing_map = output
+        tokens = args[0].flatten(0, -2)[: num_real()]
+        probabilities, routing_map = (each[: num_real()] for each in output)
         norms = []
         for number, expert in enumerate(experts.local_experts):
             chosen = routing_map[:, number]
@@ -68,12 +74,13 @@ def _routed(expected: Expected, name: str, experts: Any) -> Any:
     return hook
 
 
-def _shared(expected: Expected, name: str) -> Any:
+def _shared(expected: Expected, name: str, num_real: Callable[[], int | None]) -> Any:
     def hook(linear: Any, args: tuple[Tensor, ...], output: Any) -> None:
+        inputs = args[0][: num_real()]
         site = f"{name}.shared_experts.linear_fc2/shared_expert_ffn"
-        expected.add(f"{site}/l2_norm", args[0].abs().mean(0).pow(2).sum(0))
+        expected.add(f"{site}/l2_norm", inputs.abs().mean(0).pow(2).sum(0))
         key = f"{site}/independent_contribution"
-        expected.add(key, args[0].abs().sum((0, 1)) * linear.weight.pow(2).sum(0).sqrt())
-        expected.tokens[key] = expected.tokens[key] + args[0].shape[:2].numel()
+        expected.add(key, inputs.abs().sum((0, 1)) * linear.weight.pow(2).sum(0).sqrt())
+        expected.tokens[key] = expected.tokens[key] + inputs.shape[:2].numel()
 
     return hook

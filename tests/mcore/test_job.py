@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import megascore
 from megascore.errors import ConfigError, DataError, LayoutError, MegascoreError, ModelError, ScoreFileError
-from megascore.scoring.config import load_config
+from megascore.scoring.config import DataConfig, load_config
 from tests.models import SIZES, reference_logits, reference_loss, save_checkpoint
 from tests.pool import RankErrors, WorkerPool
 
@@ -85,7 +85,7 @@ def test_a_job_writes_scores_and_shows_them(model: Path, text: Path, tmp_path: P
     # transformers computes in float32 as well: 1e-5 is what its own sums differ by.
     from megascore.scoring.data import load_samples
 
-    tokens = load_samples(text, model, 16).tokens
+    tokens = load_samples(DataConfig(text=str(text), sequence_length=16), model).tokens
     expected = reference_loss(reference_logits(model, tokens), tokens)
     assert metadata["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -115,7 +115,7 @@ def test_a_dry_run_lists_every_site_of_every_stage(model: Path, text: Path, tmp_
 BAD_INPUT: dict[str, tuple[type[MegascoreError], str, list[str]]] = {
     "no model": (ConfigError, "model.hf is not given", ["model.hf=null"]),
     "missing model": (ModelError, "nowhere", ["model.hf=nowhere"]),
-    "no text": (ConfigError, "data.text is not given", ["data.text=null"]),
+    "no text": (ConfigError, "no data is given: expected one of data.text, data.jsonl", ["data.text=null"]),
     "missing text": (DataError, "text nowhere.txt not found", ["data.text=nowhere.txt"]),
     "text too short for one sample": (DataError, "200 tokens", ["data.sequence_length=100", "data.num_samples=3"]),
     "too many samples asked for": (DataError, "12 samples of 16", ["data.num_samples=13"]),
@@ -169,7 +169,7 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(model: Path, text: Pat
 def test_a_tokenizer_of_another_model_is_refused(text: Path, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "small", "llama", vocab_size=64)
     save_tokenizer(folder)
-    with pytest.raises(DataError, match="gives token 96, but the model there has 64 tokens"):
+    with pytest.raises(DataError, match="gives token 96, but the model in .* has 64 tokens"):
         run(folder, text, tmp_path / "scores.safetensors")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from launch import smollm2
-from megascore.scoring.config import ModelConfig, ParallelConfig
+from megascore.scoring.config import DataConfig, ModelConfig, ParallelConfig
 from megascore.scoring.data import load_samples
 from tests.mcore.oracle import Recorder, expected_scores
 from tests.mcore.order import assert_same_order
@@ -33,7 +33,8 @@ def model() -> Path:
 
 @pytest.fixture(scope="module")
 def tokens(model: Path) -> Tensor:
-    return load_samples(TEXT, model, SEQUENCE_LENGTH, NUM_SAMPLES).tokens
+    data = DataConfig(text=str(TEXT), sequence_length=SEQUENCE_LENGTH, num_samples=NUM_SAMPLES)
+    return load_samples(data, model).tokens
 
 
 def test_tp3_with_sequence_parallel_gives_the_scores_of_one_process(

@@ -67,3 +67,21 @@ def _fail_on_ranks_1_and_2() -> None:
 def _fail_unexpectedly_on_rank_2() -> None:
     if world_rank() == 2:
         raise TypeError("unknown")
+
+
+def test_every_rank_gets_the_tensor_of_rank_0_however_it_is_cut(world: WorkerPool) -> None:
+    for dtype in (torch.int64, torch.uint8):
+        expected = torch.arange(105).view(15, 7).t().to(dtype)
+        for received in world.run(2, broadcast_in_small_pieces, expected):
+            assert received.dtype == dtype
+            assert torch.equal(received, expected)
+
+
+def broadcast_in_small_pieces(whole: torch.Tensor) -> torch.Tensor:
+    from megascore.parallel import comm
+
+    comm.PIECE_BYTES = 100
+    try:
+        return comm.broadcast_tensor(whole if comm.world_rank() == 0 else None)
+    finally:
+        comm.PIECE_BYTES = 1 << 26

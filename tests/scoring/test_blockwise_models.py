@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import megascore
 from megascore.capture.weights import MovingWeights
-from megascore.errors import ModelError
+from megascore.errors import DataError, ModelError
 from megascore.scoring.empty_model import empty_model
 from tests.mcore.oracle import ITERATIVE, all_scores
 from tests.models import SIZES, save_checkpoint
@@ -54,6 +54,23 @@ def test_every_family_is_scored_as_by_a_full_pass(family: str, padded: bool, cac
     model, batches = build(family), make_batches(padded)
     found = megascore.score_blockwise(model, None, batches, all_scores(3), cache_block_outputs=cache_block_outputs)
     assert_same(found, full_pass(model, batches, all_scores(3)))
+
+
+@BOTH_MODES
+def test_padding_does_not_count_where_a_mask_says_so(cache_block_outputs: bool) -> None:
+    model, batches = build("qwen2"), make_batches(True)
+    masks = [batch.get("attention_mask") for batch in batches]
+    with megascore.attach(model) as run, torch.no_grad():
+        for batch, mask in zip(batches, masks, strict=True):
+            with run.masked(mask):
+                model(**batch)
+            run.step()
+    expected = run.finish()
+    found = megascore.score_blockwise(model, None, batches, cache_block_outputs=cache_block_outputs, token_masks=masks)
+    assert_same(found, expected)
+    assert found.metadata["num_tokens"] == sum(batch["input_ids"].numel() for batch in batches) - 3
+    with pytest.raises(DataError, match="2 token masks for 3 batches"):
+        megascore.score_blockwise(model, None, batches, token_masks=masks[:2])
 
 
 def test_the_models_here_have_layers_of_both_kinds() -> None:

@@ -11,13 +11,23 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megascore.errors import DataError, ModelError
+from megascore.scoring.config import DataConfig
 from megascore.scoring.data import (
+    Samples,
     check_enough_samples,
     check_equal_shares,
-    load_samples,
     micro_batches_of_step,
     num_steps,
 )
+from megascore.scoring.data import load_samples as load
+
+
+def load_samples(
+    text_path: Path, tokenizer_dir: Path, sequence_length: int, num_samples: int | None = None, seed: int = 0
+) -> Samples:
+    data = DataConfig(text=str(text_path), sequence_length=sequence_length, num_samples=num_samples)
+    return load(data, tokenizer_dir, seed)
+
 
 WORDS = [f"w{number}" for number in range(50)]
 
@@ -56,7 +66,7 @@ def test_samples_hold_every_token_of_the_text_once_and_leave_out_the_rest(
     assert in_text_order.flatten().tolist() == list(range(45))
     assert (samples.num_available_samples, samples.num_dropped_tokens) == (9, 2)
     assert "last 2 of 47 tokens" in caplog.text
-    assert samples.source == str(text_path)
+    assert samples.source == f"text {text_path}"
 
 
 def test_a_text_longer_than_the_models_context_is_no_reason_to_warn(

@@ -1,0 +1,130 @@
+"""The steps of a job: data through the model, and between two steps whatever a checkpoint has to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from rich.console import Console
+from torch import Tensor
+
+from megascore.mcore.schedule import forward_only
+from megascore.parallel.comm import sum_in_place, world_rank
+from megascore.scoring.checkpointing import Checkpointer
+from megascore.scoring.config import JobConfig
+from megascore.scoring.data import Samples, micro_batches_of_step
+from megascore.scoring.progress import ScoringProgress
+from megascore.scoring.run import ScoringRun
+from megascore.scoring.snapshot import Snapshot
+
+__all__ = ["run_steps"]
+
+
+def run_steps(
+    config: JobConfig,
+    run: ScoringRun,
+    chunks: Sequence[GPTModel],
+    samples: Samples,
+    total: int,
+    console: Console,
+    checkpoints: Checkpointer | None = None,
+    snapshot: Snapshot | None = None,
+) -> float | None:
+    """Run the data through the model; return the mean loss in nats per token. Collective over the world.
+
+    Args:
+        config: The job.
+        run: Hooks are on.
+        chunks: The model on this rank.
+        samples: All of them, on every rank.
+        total: Steps of the whole run.
+        console: Where rank 0 shows how far it is.
+        checkpoints: Where the run saves; None for a run that does not.
+        snapshot: What it goes on from; its states are in the hooks already.
+
+    Raises:
+        Preempted: a signal came, and everything is saved.
+    """
+    loss = LossTotal(next(chunks[0].parameters()).device)
+    start = 0
+    if snapshot is not None:
+        loss.restore(snapshot.sums["loss"])
+        start = snapshot.step
+    batch_size = config.run.global_batch_size
+    with ScoringProgress(
+        total, batch_size * config.data.sequence_length, enabled=world_rank() == 0, done_steps=start, console=console
+    ) as progress:
+        for step in range(start, total + 1):
+            if checkpoints is not None:
+                entries = _progress_entries(progress, samples.num_tokens(slice(step * batch_size)))
+                checkpoints.between_steps(run, {"step": step}, loss.sums, is_last=step == total, progress=entries)
+            if step == total:
+                break
+            _run_step(config, step, run, chunks, samples, loss)
+            run.step()
+            progress.advance(samples.num_tokens(slice(step * batch_size, (step + 1) * batch_size)))
+    return loss.mean() if config.run.loss else None
+
+
+class LossTotal:
+    """The loss over all tokens so far, as sums: [nats, tokens] float64 on every rank, that are added up on demand."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start at nothing."""
+        self._own = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, nats: Tensor | float, num_tokens: int) -> None:
+        """Add this rank's losses of some micro-batches."""
+        self._own[0] += nats
+        self._own[1] += num_tokens
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """Return the sums over all ranks. Collective over the world."""
+        merged = self._own.clone()
+        # Tensor-parallel ranks of the last stage hold the same loss: one of them counts.
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            merged.zero_()
+        sum_in_place([merged])
+        return {"loss": merged.cpu()}
+
+    def restore(self, merged: Tensor) -> None:
+        """Take over what `sums` returned. All ranks do it, and the first one has it then."""
+        self._own.zero_()
+        if world_rank() == 0:
+            self._own.copy_(merged)
+
+    def mean(self) -> float | None:
+        """Return the mean loss in nats per token; None where documents of one token each predict nothing.
+
+        Collective over the world.
+        """
+        nats, num_tokens = self.sums()["loss"].tolist()
+        return float(nats / num_tokens) if num_tokens else None
+
+
+def _run_step(
+    config: JobConfig, step: int, run: ScoringRun, chunks: Sequence[GPTModel], samples: Samples, loss: LossTotal
+) -> None:
+    device = next(chunks[0].parameters()).device
+    slices = micro_batches_of_step(
+        step,
+        len(samples.tokens),
+        config.run.global_batch_size,
+        config.run.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    micro_batches = [samples.tokens[part].to(device) for part in slices]
+    losses = forward_only(chunks, micro_batches, config.run.loss, samples.masks_of(slices), run)
+    loss.add(losses.nats, losses.num_tokens)
+
+
+def _progress_entries(progress: ScoringProgress, tokens: int) -> dict[str, float | int | None]:
+    rate, left = progress.tokens_per_second, progress.seconds_left
+    return {
+        "tokens": tokens,
+        "tokens_per_second": None if rate is None else round(rate, 1),
+        "eta_seconds": None if left is None else round(left, 1),
+    }

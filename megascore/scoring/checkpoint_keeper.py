@@ -1,0 +1,159 @@
+"""What rank 0 does for all with the folder of a run: find, write, tell how far it is.
+
+Every access to the storage has a deadline, so that a file system that hangs becomes an error while the other ranks
+still wait for it. Nothing here talks to other ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megascore.errors import CheckpointError
+from megascore.scoring.checkpoint_folder import CheckpointFolder, Found
+from megascore.scoring.deadline import within
+from megascore.scoring.snapshot import Snapshot, differences
+from megascore.scoring.status import PROGRESS_NAME, RunState, StatusFile, read_status
+
+__all__ = ["CheckpointKeeper", "CheckpointPlan"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Where and when to save."""
+
+    folder: Path
+    interval: int | None = None
+    """Steps between checkpoints."""
+    seconds: float | None = 300.0
+    """Time between checkpoints, by rank 0's clock."""
+    afresh: bool = False
+    """Drop the checkpoints that are there."""
+    storage_seconds: float = 300.0
+    """How long the storage may take to answer; less than ranks wait for each other."""
+
+
+class CheckpointKeeper:
+    """The folder, locked, and its progress file."""
+
+    def __init__(self, plan: CheckpointPlan, say: Callable[[str], None]) -> None:
+        """Open the folder.
+
+        Args:
+            plan: Where.
+            say: Tells the user something.
+
+        Raises:
+            CheckpointError: another run is in it, or it can't be used.
+        """
+        self._plan = plan
+        self._say = say
+        self._folder: CheckpointFolder | None = None
+        self._status: StatusFile | None = None
+        self._folder = self._storage("opening it", lambda: CheckpointFolder(plan.folder))
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._open_folder.close()
+
+    def find(self, identity: Mapping[str, Any]) -> Found | None:
+        """Return the checkpoint to go on from; None to start from the beginning.
+
+        Raises:
+            CheckpointError: there is one, and it is damaged or another run's; every difference is named.
+        """
+        return self._storage("looking for a checkpoint", lambda: self._find(identity))
+
+    def begin(self, total_steps: int, snapshot: Snapshot | None, facts: Mapping[str, Any]) -> None:
+        """Begin the progress file."""
+        self._status = StatusFile(self._plan.folder, total_steps, facts)
+        last = self._open_folder.last_good()
+        entry = None if last is None or snapshot is None else {"file": last.name, "step": snapshot.step}
+        self.note({"step": 0 if snapshot is None else snapshot.step, "last_checkpoint": entry}, now=True)
+
+    def note(self, entries: Mapping[str, Any], *, now: bool = False) -> None:
+        """Put entries into the progress file; without ``now`` it is written once a second at most.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
+        status = self._status
+        if status is not None:
+            self._storage(f"writing {PROGRESS_NAME}", lambda: status.update(entries, now=now))
+
+    def save(self, snapshot: Snapshot, seconds: Callable[[], float]) -> None:
+        """Write a checkpoint, and say so.
+
+        Args:
+            snapshot: What to write.
+            seconds: Returns the time that it has taken so far.
+
+        Raises:
+            CheckpointError: it can't be written; the last good one stands.
+        """
+        what = f"writing the checkpoint of step {snapshot.step}"
+        data = snapshot.to_bytes()
+        path = self._storage(what, lambda: self._open_folder.write(snapshot, data))
+        took = seconds()
+        self._say(f"checkpoint of step {snapshot.step}: {path}, {len(data) / 1e6:,.1f} MB in {took:.2f} s")
+        entry = {"file": path.name, **snapshot.cursor, "bytes": len(data), "seconds": round(took, 3)}
+        self.note({"last_checkpoint": entry}, now=True)
+
+    def end(self, state: RunState, error: str | None = None) -> None:
+        """Say in the progress file how the run ended."""
+        finished = {"eta_seconds": 0} if state is RunState.FINISHED else {}
+        self.note({"state": state.value, "error": error, **finished}, now=True)
+
+    @property
+    def _open_folder(self) -> CheckpointFolder:
+        assert self._folder is not None
+        return self._folder
+
+    def _find(self, identity: Mapping[str, Any]) -> Found | None:
+        folder = self._open_folder
+        # A restart by torchrun goes on, also where the user wanted the run to begin afresh.
+        if self._plan.afresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            folder.drop_all()
+            return None
+        found = folder.newest()
+        if found is None:
+            self._refuse_lost_checkpoints()
+            return None
+        other = differences(found.snapshot.identity, identity)
+        if other:
+            raise CheckpointError(
+                f"{found.path} is another run's: {'; '.join(other)}. Start with the old settings, choose another "
+                "run.checkpoint_dir, or start from the beginning with run.resume=never."
+            )
+        for text in found.skipped:
+            self._say(f"damaged checkpoint left out: {text}")
+        self._say(f"going on from {found.path}, step {found.snapshot.step}")
+        folder.trust(found)
+        return found
+
+    def _refuse_lost_checkpoints(self) -> None:
+        if not (self._plan.folder / PROGRESS_NAME).is_file():
+            return
+        last = read_status(self._plan.folder).get("last_checkpoint")
+        if last is not None:
+            raise CheckpointError(
+                f"{self._plan.folder} has no checkpoint, but its {PROGRESS_NAME} tells of {last.get('file')}: it was "
+                "removed. Put it back, or start from the beginning with run.resume=never."
+            )
+
+    def _storage(self, what: str, function: Callable[[], Result]) -> Result:
+        """Run what touches the storage, within its time; a refusal of the system becomes an error that names it."""
+        try:
+            return within(self._plan.storage_seconds, function)
+        except OSError as error:
+            last = self._folder.last_good() if self._folder is not None else None
+            stands = f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
+            raise CheckpointError(
+                f"{what} failed in {self._plan.folder} (run.checkpoint_dir), on rank 0: {error.strerror or error}; "
+                f"{stands}. Mend the storage and run the same command: it goes on from there."
+            ) from error

@@ -1,0 +1,46 @@
+"""Samples of one length, and which of their tokens are real."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["Samples", "fingerprint"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration samples in the order in which they are used."""
+
+    tokens: Tensor
+    """[num_samples, sequence_length] int64 token ids; 0 where there is padding."""
+    fingerprint: str
+    """SHA-256 over the shape and the token ids in order, and over the masks where there are some."""
+    source: str
+    """What they come from, as it was given: "text words.txt"."""
+    num_available_samples: int | None
+    """Whole samples in the data, used or not; None where not all of it was read."""
+    num_dropped_tokens: int
+    """Tokens of what was read that found no place: at the end of packed data, or behind a truncated document."""
+    masks: Tensor | None = None
+    """[num_samples, sequence_length] bool, False for padding; None: nothing is padded."""
+
+    def num_tokens(self, some: slice) -> int:
+        """Return the real tokens of some samples."""
+        return self.tokens[some].numel() if self.masks is None else int(self.masks[some].sum())
+
+    def masks_of(self, parts: list[slice]) -> list[Tensor] | None:
+        """Return the masks of several slices of the samples; None where nothing is padded."""
+        return None if self.masks is None else [self.masks[part] for part in parts]
+
+
+def fingerprint(tokens: Tensor, masks: Tensor | None) -> str:
+    """Return what `Samples.fingerprint` holds; the same on machines of either byte order."""
+    digest = hashlib.sha256(f"{tuple(tokens.shape)}".encode())
+    digest.update(tokens.numpy().astype("<i8", copy=False).tobytes())
+    if masks is not None:
+        digest.update(np.packbits(masks.numpy()).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""Runs under torchrun itself: its own restart after a killed rank, and its own signal on a stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megascore.scoring.status import read_status
+from tests.mcore.resumable import Job, make_job
+from tests.pool import WORKER_ENVIRONMENT
+
+NUM_STEPS_BEFORE = 2
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return make_job(tmp_path / "run", tmp_path / "model", "float32")
+
+
+@contextmanager
+def torchrun(job: Job, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    # Small steps that can be hit: a run of this size would be over before a signal arrives.
+    environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": str(PROJECT), "TORCHELASTIC_ERROR_FILE": ""}
+    environment.pop("TORCHELASTIC_ERROR_FILE")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["--local-addr=127.0.0.1", *options, "-m", "megascore", "score", str(job.config), "parallel.tensor=2"]
+    with (job.folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_checkpoint(job: Job) -> None:
+    deadline = time.monotonic() + 120
+    while not any(job.checkpoints.glob("step-*")):
+        assert time.monotonic() < deadline, (job.folder / "log.txt").read_text()
+        time.sleep(0.002)
+
+
+def test_torchruns_own_restart_goes_on_after_a_killed_rank(job: Job) -> None:
+    with torchrun(job, "--max-restarts=1") as process:
+        wait_for_checkpoint(job)
+        os.kill(int(read_status(job.checkpoints)["process"]), signal.SIGKILL)
+        assert process.wait(120) == 0, (job.folder / "log.txt").read_text()
+    log = (job.folder / "log.txt").read_text()
+    assert "going on from" in log
+    assert "Scores written to" in log
+
+
+def test_torchruns_signal_lets_the_run_save_and_the_same_command_goes_on(job: Job) -> None:
+    job.config.write_text(job.config.read_text().replace("checkpoint_interval: 1", "checkpoint_seconds: 0.001"))
+    with torchrun(job) as process:
+        wait_for_checkpoint(job)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    assert "stopped by SIGTERM" in (job.folder / "log.txt").read_text()
+    assert read_status(job.checkpoints)["state"] == "stopped"
+    with torchrun(job) as process:
+        assert process.wait(120) == 0, (job.folder / "log.txt").read_text()
+    assert "going on from" in (job.folder / "log.txt").read_text()
