@@ -49,21 +49,7 @@ class MovingWeights:
         Raises:
             ModelError: naming weights or buffers without content that the folder does not have.
         """
-        missing = []
-        for module in modules:
-            for _, tensor in _named_tensors(module):
-                if tensor.is_meta and id(tensor) not in self._sources:
-                    missing.append(self._names[id(tensor)])
-        if missing:
-            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            folder = (
-                "no checkpoint folder was named (weights=)" if self._checkpoint is None else self._checkpoint.folder
-            )
-            raise ModelError(
-                f"{folder} has no content for {len(missing)} tensors of the model that are on the meta device: "
-                f"{listed}. Parameters must be in the folder under these names; buffers that are in no checkpoint, "
-                "such as rotary tables, must be real, as score_blockwise makes them where the folder is the model."
-            )
+        self._check(tensor for module in modules for _, tensor in _named_tensors(module))
 
     @contextmanager
     def present(self, *modules: nn.Module) -> Iterator[None]:
@@ -112,7 +98,7 @@ class MovingWeights:
     def _brought(self, owners: Sequence[nn.Module]) -> Iterator[None]:
         away = self._away(owners)
         missing = {id(tensor): tensor for _, _, tensor in away if id(tensor) not in self._here}
-        fresh = self._fetch(owners, list(missing.values()))
+        fresh = self._fetch(list(missing.values()))
         self._here.update(fresh)
         try:
             for table, name, tensor in away:
@@ -134,11 +120,22 @@ class MovingWeights:
             if tensor is not None and tensor.device != self.device
         ]
 
-    def _fetch(self, owners: Sequence[nn.Module], tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-        self.check(owners)
+    def _fetch(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        self._check(tensors)
         in_file = {id(tensor): self._sources[id(tensor)] for tensor in tensors if tensor.is_meta}
         read = self._checkpoint.read(list(in_file.values())) if self._checkpoint and in_file else {}
         return {id(tensor): self._like(tensor, read.get(in_file.get(id(tensor), ""), tensor)) for tensor in tensors}
+
+    def _check(self, tensors: Iterable[Tensor]) -> None:
+        missing = [self._names[id(t)] for t in tensors if t.is_meta and id(t) not in self._sources]
+        if missing:
+            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            where = "without weights= there is" if self._checkpoint is None else f"{self._checkpoint.folder} has"
+            raise ModelError(
+                f"{where} no content for {len(missing)} tensors of the model that are on the meta device: "
+                f"{listed}. Parameters must be in the folder under these names; buffers that are in no checkpoint, "
+                "such as rotary tables, must be real, as score_blockwise makes them where the folder is the model."
+            )
 
     def _like(self, tensor: Tensor, content: Tensor) -> Tensor:
         moved = content.detach().to(self.device, tensor.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megascore.capture.block_inputs import device_of, run_model
 from megascore.capture.feeds import BlockFeed, CachedFeed, FreshFeed
 from megascore.capture.halt_after import HaltAfter
-from megascore.capture.nested import nested_move_to
+from megascore.capture.nested import nested_leaves, nested_move_to
 from megascore.capture.stores import HostStore, TensorStore
 from megascore.capture.surroundings import measuring
 from megascore.capture.weights import MovingWeights
@@ -76,7 +76,7 @@ def score_blocks(
     own_blocks = agree("looking for the blocks", lambda: find_blocks(model, blocks))
     agree("looking for the modules to score", lambda: check_places(view, requests))
     check_targets(view, requests)
-    num_passes = agree("counting the batches", lambda: _num_passes(requests, len(batches)))
+    num_passes = agree("counting the batches", lambda: _num_passes(requests, batches))
     masks = agree("counting the masks", lambda: _masks(options.token_masks, len(batches)))
     _check_same_everywhere(len(batches))
     device = options.device if options.device is not None else device_of(model)
@@ -216,15 +216,22 @@ def _results_of(runs: Mapping[int, ScoringRun]) -> Results:
     return results
 
 
-def _num_passes(requests: Sequence[ScoreRequest], num_batches: int) -> dict[ScoreRequest, int]:
+def _num_passes(requests: Sequence[ScoreRequest], batches: Sequence[Any]) -> dict[ScoreRequest, int]:
     """Return how often each score goes over the batches: an iterative one until its iterations are done.
 
     Raises:
-        DataError: there are no batches.
+        DataError: there are no batches, or one is none.
         ConfigError: iterations are not a multiple of the number of batches.
     """
-    if not num_batches:
+    if not batches:
         raise DataError("there are no batches: score_blockwise needs at least one.")
+    for index, batch in enumerate(batches):
+        if not nested_leaves(batch, Tensor):
+            raise DataError(
+                f"batch {index} is a {type(batch).__name__} without a tensor: expected a tensor, or a tuple, list or "
+                "mapping of the model's arguments."
+            )
+    num_batches = len(batches)
     num_passes = {}
     for request in requests:
         iterations = dict(request.options).get("iterations", num_batches)

@@ -57,7 +57,14 @@ def test_scores_are_those_of_a_full_pass(cache_block_outputs: bool, by_keyword: 
 
 @BOTH_MODES
 @pytest.mark.parametrize(
-    "blocks", ["layers", lambda model: model.layers, lambda model: list(model.layers), lambda model: model.layers[1:3]]
+    "blocks",
+    [
+        "layers",
+        lambda model: model.layers,
+        lambda model: list(model.layers),
+        lambda model: model.layers[1:3],
+        lambda model: model.layers[2:3],
+    ],
 )
 def test_blocks_can_be_given_in_several_ways_and_need_not_be_all(cache_block_outputs: bool, blocks: Any) -> None:
     model, batches = TinyDecoder(), make_batches()
@@ -150,9 +157,9 @@ def test_the_model_is_as_before_also_after_an_error(cache_block_outputs: bool) -
         megascore.score_blockwise(model, None, batches, cache_block_outputs=cache_block_outputs, store=store)
 
     run(batches)
-    for broken in ([*batches, torch.tensor([[1000]])], [*batches, "no tensor"]):
-        with pytest.raises((IndexError, TypeError)):
-            run(broken)
+    # The model's own error, at the last batch.
+    with pytest.raises(IndexError):
+        run([*batches, torch.tensor([[1000]])])
     handle = model.layers[2].mlp.up_proj.register_forward_pre_hook(fail)
     with pytest.raises(AssertionError, match="need not run"):
         run(batches)
