@@ -59,7 +59,7 @@ def attach(
 
 def score_blockwise(
     model: nn.Module | str | Path,
-    blocks: Sequence[nn.Module] | str | None,
+    blocks: nn.ModuleList | Sequence[nn.Module] | str | None,
     batches: Iterable[Any],
     scores: str | Iterable[Mapping[str, Any] | ScoreRequest] = "minitron",
     *,

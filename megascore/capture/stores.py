@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -113,8 +114,8 @@ class _File:
 class SpoolStore(TensorStore):
     """Keeps tensors in the host's memory up to a budget, and the others in files, one safetensors file for each.
 
-    The files lie in a folder of their own inside the one that was given, and are gone after `close`. A file appears
-    whole or not at all, and is checked when it is read.
+    The files lie in a folder of their own inside the one that was given, and are gone after `close`, or with the store
+    itself. A file appears whole or not at all, and is checked when it is read.
     """
 
     def __init__(self, folder: str | Path, memory_bytes: int = 0) -> None:
@@ -138,6 +139,7 @@ class SpoolStore(TensorStore):
             self._folder.mkdir(parents=True)
         except OSError as error:
             raise DataError(f"spool folder {folder} cannot be used: {error}. Name one that can be written.") from error
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Keep a copy, in memory while the budget lasts.
@@ -199,7 +201,7 @@ class SpoolStore(TensorStore):
     def close(self) -> None:
         """Remove the files and their folder, not the folder that was given."""
         self._files.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
 
     def _remove_file(self, key: str) -> None:
         file = self._files.pop(key, None)

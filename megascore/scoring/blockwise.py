@@ -55,7 +55,7 @@ class BlockwiseOptions:
 
 def score_blocks(
     view: ModelView,
-    blocks: Sequence[nn.Module] | str,
+    blocks: nn.Module | Sequence[nn.Module] | str,
     batches: Sequence[Any],
     requests: Sequence[ScoreRequest],
     options: BlockwiseOptions,

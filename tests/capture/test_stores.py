@@ -93,6 +93,7 @@ def test_closing_removes_own_files_only(tmp_path: Path) -> None:
     store.put("a", torch.ones(3))
     store.close()
     store.close()
+    SpoolStore(tmp_path).put("never closed", torch.ones(3))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
