@@ -46,6 +46,8 @@ class BlockInputCapture:
 
     - Only this capture's own halt ends in `run`. Errors of the model, and halts of other captures (of an outer model,
       say), come through; the pass that they end leaves nothing in `inputs`.
+    - A halted pass ends at the first call of the block, and does not see whether there would be another in this pass;
+      with ``halt=False`` a second one is an error.
     - Captured tensors are detached, and normal tensors also where the pass ran in inference mode. The modes of the
       caller (`torch.no_grad`, inference mode, autocast) hold in the pass, and are as before after it.
     - A compiled model runs uncompiled here, as a hook that is put on it later would go unheard.

@@ -25,6 +25,8 @@ Forward = Callable[[int], object]
 
 OTHER_MODE = "use cache_block_outputs=False, which takes each block's inputs from a pass through the real ones"
 
+REPEATED = "a block that a model shares between layers, or runs again, cannot be scored alone"
+
 
 class BlockFeed(ABC):
     """Gives each block its inputs, block after block, for a number of batches."""
@@ -105,10 +107,27 @@ class FreshFeed(BlockFeed):
 
     @contextmanager
     def whole_passes(self) -> Iterator[Forward]:
-        """Run all of the model."""
+        """Run all of the model.
+
+        Raises:
+            ModelError: a block runs several times in a pass, of which only the first was captured.
+        """
         self._calls.truncate(0)
-        with self._weights.on_call(self._model, self._blocks, blocks_run=True):
-            yield self._forward
+        reached: set[int] = set()
+
+        def run_block(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if number in reached:
+                raise ModelError(f"block {number} is reached twice in a forward pass: {REPEATED}.")
+            reached.add(number)
+            return forward(*args, **kwargs)
+
+        def run_whole(index: int) -> object:
+            reached.clear()
+            return self._forward(index)
+
+        on_call = self._weights.on_call(self._model, self._blocks, blocks_run=True)
+        with on_call, forwards_replaced(self._blocks, run_block):
+            yield run_whole
 
 
 class CachedFeed(BlockFeed):
@@ -237,11 +256,14 @@ class CachedFeed(BlockFeed):
             yield self._run_whole
 
     def _run_whole(self, index: int) -> object:
-        self._index = index
+        self._index, self._num_reached = index, 0
         return self._forward(index)
 
     def _return_at_once(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = BlockCall(args, kwargs)
+        if number < self._num_reached:
+            raise ModelError(f"block {number} is reached twice in a forward pass: {REPEATED}.")
+        self._num_reached += 1
         if number < len(self._blocks) - 1:
             return self._form(number, forward, call).filled(call.hidden_states)
         return self._last_form.filled(self._store.get(self._key(self._index), self._weights.device, copy=True))

@@ -120,7 +120,9 @@ class PlainModelView:
             around = place.startswith("..")
             prefix = self._prefix.rpartition(".")[0].rpartition(".")[0] if around else self._prefix.rstrip(".")
             local_name = ".".join(part for part in (prefix, place.removeprefix("..")) if part)
-            if local_name in modules:
+            # Embeddings of another width are no part of the hidden states that run through the layers.
+            width = getattr(getattr(modules.get(local_name), "weight", None), "shape", None)
+            if width == (self.facts["hidden_size"],):
                 yield self._linear_or_norm(PlaceKind.NORM, name, modules[local_name], local_name)
 
     def _linear_or_norm(self, kind: PlaceKind, name: str, module: nn.Module, local_name: str) -> Place:

@@ -44,6 +44,15 @@ def test_blocks_out_of_order_are_refused() -> None:
         megascore.score_blockwise(model, list(model.layers)[::-1], make_batches())
 
 
+@pytest.mark.parametrize("cache_block_outputs", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_blocks_that_run_several_times_in_a_pass_are_refused(cache_block_outputs: bool, num_layers: int) -> None:
+    model = TinyDecoder(num_layers)
+    model.num_rounds = 2
+    with pytest.raises(ModelError, match="block 0 is reached twice in a forward pass"):
+        megascore.score_blockwise(model, None, make_batches(), cache_block_outputs=cache_block_outputs)
+
+
 def test_a_block_that_is_not_reached_is_told() -> None:
     model = TinyDecoder()
     model.spare = nn.ModuleList([*model.layers, nn.Linear(1, 1)])

@@ -75,6 +75,7 @@ class TinyDecoder(nn.Module):
         self.by_keyword = by_keyword
         self.between: Callable[[Tensor], Tensor] = lambda x: x
         self.table_depends_on_hidden_states = False
+        self.num_rounds = 1
         self.double()
 
     def forward(self, input_ids: Tensor, offset: int = 0) -> Tensor:
@@ -84,7 +85,7 @@ class TinyDecoder(nn.Module):
         causal = torch.ones(length, length, dtype=x.dtype).tril()
         local = causal.triu(-2)
         mixings = [(m / m.sum(-1, keepdim=True)) for m in (causal, local)]
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate([*self.layers] * self.num_rounds):
             at = torch.arange(length, dtype=x.dtype)[:, None] + offset
             angles = at / (number % 3 + 1) / torch.arange(1, HIDDEN + 1, dtype=x.dtype)
             table = (
