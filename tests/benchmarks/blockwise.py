@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.blockwise [--model FOLDER] [--samples 16] [--length 256] [--batch 2] [--threads 2]
 
-Each way runs in a fresh process on SmolLM2-135M in float32 with the minitron scores, and reads the weights from the
-same safetensors file: the full pass as transformers does, the others block by block. The memory is what the system
-counted at its highest (ru_maxrss); what Python and its libraries take before the model is built is told beside. Times
-go from there to the scores: CPU time counts only this process, whatever else the machine does. Repeats take turns, and
+Each way runs in a fresh process on SmolLM2-135M in float32 and the shipped text with the minitron scores, and
+reads the weights from the same safetensors file: the full pass as transformers does, the others block by block. The
+memory is what the system counted at its highest (ru_maxrss); what Python and its libraries take before the model is
+built is told beside. Times go from there to the scores: CPU time counts only this process, whatever else the machine does. Repeats take turns, and
 the medians are shown; the last way runs the first block as often as there are blocks, and so is measured once, on
 request (``--fresh``).
 """
@@ -26,6 +26,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from launch import smollm2
+from megascore.scoring.config import DataConfig
+from megascore.scoring.data import load_samples
 
 WAYS = {
     "full pass": {},
@@ -70,9 +75,7 @@ def run_one(way: str, options: argparse.Namespace) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-    tokens = torch.randint(0, vocabulary, (options.samples, options.length), generator=generator)
+    tokens = load_file(options.tokens)["tokens"]
     # Libraries load parts of themselves at the first use, in every way alike.
     assert transformers.AutoModelForCausalLM
     assert megascore.score_blockwise
@@ -90,7 +93,7 @@ def run_one(way: str, options: argparse.Namespace) -> None:
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     """Run one way in a fresh process."""
     command = [sys.executable, "-m", "tests.benchmarks.blockwise", "--way", way, "--model", str(options.model)]
-    for name in ("samples", "length", "batch", "threads"):
+    for name in ("tokens", "batch", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     measured: dict[str, float] = json.loads(output.splitlines()[-1])
@@ -106,16 +109,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="also cache_block_outputs=False")
+    parser.add_argument("--tokens", type=Path, help="for --way: a safetensors file with them")
     parser.add_argument("--way", choices=list(WAYS), help="run only this, in this process")
     options = parser.parse_args()
     if options.model is None:
-        from launch import smollm2
-
         options.model = smollm2.default_folder()
         smollm2.convert_once(options.model)
     if options.way:
         run_one(options.way, options)
         return
+    with tempfile.TemporaryDirectory() as folder:
+        options.tokens = Path(folder) / "tokens.safetensors"
+        text = Path(smollm2.__file__).parent / "text" / "northanger_abbey.txt"
+        data = DataConfig(text=str(text), sequence_length=options.length, num_samples=options.samples)
+        save_file({"tokens": load_samples(data, options.model).tokens}, options.tokens)
+        show(measure_all(options), options)
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     *often, fresh = WAYS
     for _ in range(options.repeats):
@@ -123,7 +134,7 @@ def main() -> None:
             found[way].append(measure(way, options))
     if options.fresh:
         found[fresh].append(measure(fresh, options))
-    show(found, options)
+    return found
 
 
 def show(found: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
