@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.blockwise [--model FOLDER] [--samples 16] [--length 256] [--batch 2] [--threads 2]
 
-Each way runs in a fresh process on SmolLM2-135M in float32 and the shipped text with the minitron scores, and
-reads the weights from the same safetensors file: the full pass as transformers does, the others block by block. The
-memory is what the system counted at its highest (ru_maxrss); what Python and its libraries take before the model is
-built is told beside. Times go from there to the scores: CPU time counts only this process, whatever else the machine does. Repeats take turns, and
-the medians are shown; the last way runs the first block as often as there are blocks, and so is measured once, on
-request (``--fresh``).
+Each way runs in a fresh process on SmolLM2-135M in float32 and the shipped text with the minitron scores, and reads the
+weights from the same safetensors file: the full pass as transformers does, the others block by block. The memory is
+what the system counted at its highest (ru_maxrss); what Python and its libraries take before the model is built is told
+beside. Times go from there to the scores: CPU time counts only this process, whatever else the machine does. Repeats
+take turns, and the medians are shown; the last way runs the first block as often as there are blocks, and so is
+measured once, on request (``--fresh``).
 """
 
 from __future__ import annotations
