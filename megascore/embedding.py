@@ -1,21 +1,27 @@
-"""The way in for other people's programs: `attach` puts a scoring run on a model, whichever library it comes from."""
+"""The ways in for other people's programs: scoring in their own loop, and one block at a time."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from megascore.capture import TensorStore
 from megascore.errors import ConfigError
 from megascore.parallel.comm import agree
+from megascore.scoring.blockwise import BlockwiseOptions, score_blocks
+from megascore.scoring.empty_model import empty_model
 from megascore.scoring.places import ModelView
 from megascore.scoring.plain import PlainModelView
 from megascore.scoring.recipes import ScoreRequest, resolve_scores
 from megascore.scoring.run import ScoringRun
+from megascore.scoring.score_file import Scores
 
-__all__ = ["attach"]
+__all__ = ["attach", "score_blockwise"]
 
 
 def attach(
@@ -49,6 +55,67 @@ def attach(
         raise ConfigError(f"attach was given recipe={recipe!r} and scores: give one of them.")
     requests = resolve_scores(scores if scores is not None else recipe or "minitron")
     return ScoringRun(agree("looking at the model", lambda: _view_of(model)), requests, metadata)
+
+
+def score_blockwise(
+    model: nn.Module | str | Path,
+    blocks: nn.ModuleList | Sequence[nn.Module] | str | None,
+    batches: Iterable[Any],
+    scores: str | Iterable[Mapping[str, Any] | ScoreRequest] = "minitron",
+    *,
+    cache_block_outputs: bool = True,
+    device: torch.device | str | None = None,
+    store: TensorStore | None = None,
+    weights: str | Path | None = None,
+    token_masks: Iterable[Tensor | None] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Scores:
+    """Score a plain PyTorch model with one of its blocks at a time on the compute device.
+
+    The scores are those of `attach` around a loop over the batches, with a step after each. Collective over the world
+    where torch.distributed is initialised: each rank is a data-parallel replica, and brings equally many batches.
+
+    With ``cache_block_outputs`` each block runs once for each batch, on what the block before returned. All other
+    arguments (masks, rotary tables) are those that the model passes to this block; they are taken from one pass in
+    which blocks do not run. Without it, each block's inputs come from a pass through the blocks before: right for every
+    model, at the price of running the first block as often as there are blocks.
+
+    What is scored outside of the blocks, such as the final norm, is measured in a pass of its own, which ends when
+    each of those modules has been reached. An iterative score with more iterations than there are batches goes over
+    each block's stored inputs several times.
+
+    Args:
+        model: A model with the module names of the Llama family or of BERT; or a Hugging Face checkpoint directory,
+            whose weights are then read block by block and never all in memory.
+        blocks: The model's blocks in order: modules, a list module, or its dotted name; None takes the layers in
+            which scores are known.
+        batches: For each step a tensor, or a tuple, list or mapping of the model's arguments; shapes may differ.
+        scores: Name of a recipe, or the scores themselves as for `attach`.
+        cache_block_outputs: See above.
+        device: The compute device; that of the model if not given. Weights that are elsewhere come to it and go.
+        store: Where inputs wait: `megascore.capture.HostStore` (the default), ``DeviceStore`` or ``SpoolStore``.
+        weights: Checkpoint directory of weights that the model has on the meta device.
+        token_masks: For padded batches, which tokens of each count: bool [B, S], True for those that do.
+        metadata: JSON-able entries for the score file.
+
+    Raises:
+        ConfigError: unknown scores, or iterations that are no multiple of the number of batches.
+        DataError: no batches, other numbers of them on other ranks, or a spool folder that is full or damaged.
+        ModelError: no such blocks, or blocks that are not reached as they are given; a checkpoint that does not fit;
+            or, with ``cache_block_outputs``, a model for which that gives something else than a full pass.
+    """
+    requests = resolve_scores(scores)
+    if isinstance(model, (str, Path)):
+        folder = model
+        weights = folder if weights is None else weights
+        model = agree("building the model", lambda: empty_model(folder))
+    own_model = model
+    view = agree("looking at the model", lambda: _view_of(own_model))
+    if not isinstance(view, PlainModelView):
+        raise ConfigError("score_blockwise takes plain PyTorch models; use attach for a Megatron-Core model.")
+    masks = None if token_masks is None else list(token_masks)
+    options = BlockwiseOptions(cache_block_outputs, device, store, weights, masks, dict(metadata or {}))
+    return score_blocks(view, view.blocks if blocks is None else blocks, list(batches), requests, options)
 
 
 def _view_of(model: nn.Module | Sequence[nn.Module]) -> ModelView:

@@ -18,7 +18,15 @@ print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].spl
 
 @pytest.mark.parametrize(
     "room",
-    ["megascore", "megascore.hooks", "megascore.parallel.merge", "megascore.scoring.run", "megascore.scoring.data"],
+    [
+        "megascore",
+        "megascore.hooks",
+        "megascore.parallel.merge",
+        "megascore.capture",
+        "megascore.scoring.blockwise",
+        "megascore.scoring.data",
+        "megascore.scoring.run",
+    ],
 )
 def test_a_room_outside_mcore_imports_no_model_library(room: str) -> None:
     arguments = [sys.executable, "-c", PROGRAM, room, ",".join(HEAVY)]
@@ -30,6 +38,7 @@ def test_a_room_outside_mcore_imports_no_model_library(room: str) -> None:
     [
         ("hooks", {"hooks", "errors", "files"}),
         ("parallel", {"parallel", "hooks", "errors", "files"}),
+        ("capture", {"capture", "hooks", "errors", "files"}),
         ("scoring", {"scoring", "parallel", "capture", "hooks", "errors", "files"}),
         ("mcore", {"mcore", "scoring", "parallel", "capture", "hooks", "errors", "files"}),
     ],

@@ -24,6 +24,7 @@ from megascore.hooks import (
 from megascore.parallel.axes import Axis, Placement, Role
 from megascore.parallel.comm import world_rank, world_size
 from megascore.parallel.placed_iterative import PlacedIterativeHook
+from megascore.scoring.families import FAMILIES, Family
 from megascore.scoring.places import Place, PlaceKind, first_tensor
 from megascore.scoring.recipes import ScoreRequest
 
@@ -36,26 +37,18 @@ HOOKS: dict[str, Callable[[nn.Module], ForwardHook]] = {
     "layer_norm_contribution": LayerNormContributionHook,
 }
 
-GLOBAL_NAMES = {
-    "mlp.down_proj": (PlaceKind.FFN_PROJECTION, "mlp.linear_fc2"),
-    "self_attn.o_proj": (PlaceKind.ATTENTION_PROJECTION, "self_attention.linear_proj"),
-    "input_layernorm": (PlaceKind.NORM, "input_layernorm"),
-    "post_attention_layernorm": (PlaceKind.NORM, "pre_mlp_layernorm"),
-}
-"""Modules of a decoder layer in the Llama family of Hugging Face models, and what Megatron-Core calls them."""
-
 
 class PlainModelView:
     """A Hugging Face style model on this process; with torch.distributed, every process is a data-parallel replica.
 
     Raises:
-        ModelError: the model has no sequence of decoder layers with the module names of the Llama family.
+        ModelError: the model has no sequence of layers with the module names of a known family.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Find the decoder and read the model's sizes from its config."""
+        """Find the layers and read the model's sizes from its config."""
         self.modules: Sequence[nn.Module] = (model,)
-        self._prefix, self._decoder, self._layers = _find_decoder(model)
+        self._family, self._prefix, self._layers = _find_layers(model)
         self._config = _text_config(model)
 
     @cached_property
@@ -79,9 +72,14 @@ class PlainModelView:
         return [
             f"decoder.layers.{number}: no {module_name}"
             for number, layer in enumerate(self._layers)
-            for module_name in GLOBAL_NAMES
+            for module_name in self._family.modules
             if not any(name == module_name for name, _ in layer.named_modules())
         ]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, in order."""
+        return tuple(self._layers)
 
     @property
     def layout(self) -> Mapping[str, Any]:
@@ -103,23 +101,29 @@ class PlainModelView:
 
     def _find_places(self) -> Iterator[Place]:
         for number, layer in enumerate(self._layers):
-            path, name = f"{self._prefix}layers.{number}", f"decoder.layers.{number}"
+            path, name = f"{self._prefix}{self._family.list_name}.{number}", f"decoder.layers.{number}"
             yield self._place(PlaceKind.LAYER, name, layer, path, 1)
             modules = dict(layer.named_modules())
-            for module_name, (kind, global_name) in GLOBAL_NAMES.items():
+            for module_name, (kind, global_name) in self._family.modules.items():
                 if module_name in modules:
                     yield self._linear_or_norm(
                         kind, f"{name}.{global_name}", modules[module_name], f"{path}.{module_name}"
                     )
-            if (projection := modules.get("self_attn.o_proj")) is not None:
-                local_name = f"{path}.self_attn.o_proj"
+            if (projection := modules.get(self._family.projection)) is not None:
+                local_name = f"{path}.{self._family.projection}"
                 num_kv_heads = int(self.facts["num_kv_heads"])
                 yield self._place(
                     PlaceKind.KV_HEADS, f"{name}.self_attention.linear_proj", projection, local_name, num_kv_heads
                 )
-        norm = getattr(self._decoder, "norm", None)
-        if isinstance(norm, nn.Module):
-            yield self._linear_or_norm(PlaceKind.NORM, "decoder.final_layernorm", norm, f"{self._prefix}norm")
+        modules = dict(self.modules[0].named_modules())
+        for place, name in self._family.outer_norms.items():
+            around = place.startswith("..")
+            prefix = self._prefix.rpartition(".")[0].rpartition(".")[0] if around else self._prefix.rstrip(".")
+            local_name = ".".join(part for part in (prefix, place.removeprefix("..")) if part)
+            # Embeddings of another width are no part of the hidden states that run through the layers.
+            width = getattr(getattr(modules.get(local_name), "weight", None), "shape", None)
+            if width == (self.facts["hidden_size"],):
+                yield self._linear_or_norm(PlaceKind.NORM, name, modules[local_name], local_name)
 
     def _linear_or_norm(self, kind: PlaceKind, name: str, module: nn.Module, local_name: str) -> Place:
         width = self.facts["hidden_size"] if kind is PlaceKind.NORM else module.in_features
@@ -157,17 +161,19 @@ def _sequence_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1) if tensor.dim() == 3 else tensor
 
 
-def _find_decoder(model: nn.Module) -> tuple[str, nn.Module, nn.ModuleList]:
-    """Return the prefix of the decoder's name, the decoder, and its layers."""
+def _find_layers(model: nn.Module) -> tuple[Family, str, nn.ModuleList]:
+    """Return the family, the prefix of the name of the module that holds the layers, and the layers."""
     for name, module in model.named_modules():
-        layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) and hasattr(layers[0], "self_attn"):
-            return (f"{name}." if name else ""), module, layers
+        for family in FAMILIES.values():
+            # Among its own children: a compiled model has the attributes of the one inside as well.
+            layers = dict(module.named_children()).get(family.list_name)
+            if isinstance(layers, nn.ModuleList) and len(layers) and hasattr(layers[0], family.marker):
+                return family, (f"{name}." if name else ""), layers
     children = ", ".join(name for name, _ in model.named_children())
+    known = " or ".join(f"'{family.list_name}' with '{family.marker}' inside" for family in FAMILIES.values())
     raise ModelError(
-        f"{type(model).__name__} has no 'layers' with 'self_attn' inside (found: {children}). Plain models need the "
-        "module names of the Llama family (mlp.down_proj, self_attn.o_proj); a Megatron-Core model is recognised by "
-        "its own class."
+        f"{type(model).__name__} has no {known} (found: {children}). Plain models need the module names of the Llama "
+        "family (mlp.down_proj, self_attn.o_proj) or of BERT; a Megatron-Core model is recognised by its own class."
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from megascore.errors import CheckpointError, DataError, HookStateError
+from megascore.errors import CheckpointError, DataError
 from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, sum_in_place
 from megascore.parallel.merge import Part, merge_over_world
@@ -19,8 +19,17 @@ from megascore.parallel.placed_hook import PlacedHook
 from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.places import ModelView
 from megascore.scoring.recipes import ScoreRequest
+from megascore.scoring.results import Results, run_metadata
 from megascore.scoring.score_file import Scores
-from megascore.scoring.sites import SCORE, Site, build_sites, check_places, plan_of_scores, plan_of_states
+from megascore.scoring.sites import (
+    SCORE,
+    Site,
+    build_sites,
+    check_places,
+    check_targets,
+    plan_of_scores,
+    plan_of_states,
+)
 
 __all__ = ["ScoringRun"]
 
@@ -53,10 +62,11 @@ class ScoringRun:
         self.requests = tuple(requests)
         # What a rank alone can find wrong is told first, for some hooks gather their weights when they are built.
         agree("looking for the modules to score", lambda: check_places(view, requests))
+        check_targets(view, requests)
         self.sites = agree("building the hooks", lambda: build_sites(view, requests))
         self.num_steps = 0
         self._metadata = dict(metadata or {})
-        self._plan = plan_of_states(self.sites, self.requests)
+        self._plan = plan_of_states(self.sites)
         self._score_plan = plan_of_scores(self.sites)
         self._token_mask: Tensor | None = None
         self._modes = [(module, module.training) for chunk in view.modules for module in chunk.modules()]
@@ -181,14 +191,25 @@ class ScoringRun:
             HookStateError: no tokens have been seen, or iterations of an iterative score are missing.
             RankFailure: another rank could not compute its scores.
         """
+        results = self.results()
+        results.require_data()
+        own = run_metadata(self.view, self.num_steps, self._metadata)
+        return assemble_scores(self.requests, results.states, results.scores, {**own, **(metadata or {})})
+
+    def results(self) -> Results:
+        """Merge the statistics of all ranks, and return what `finish` makes a score file of.
+
+        Collective over the world: two all-reduces. The accumulators are not changed.
+
+        Raises:
+            HookStateError: iterations of an iterative score are missing.
+            RankFailure: another rank could not compute its scores.
+        """
         device = self._device()
         states = self.merged_states()
-        if not any(int(state["num_tokens"]) for state in states.values()):
-            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
         own = agree("computing the scores", lambda: self._own_scores(states, device))
         scores = merge_over_world(self._score_plan, own, device)
-        finished = {key: result[SCORE].cpu() for key, result in scores.items()}
-        return assemble_scores(self.requests, states, finished, {**self._all_metadata(), **(metadata or {})})
+        return Results(states, {key: result[SCORE].cpu() for key, result in scores.items()})
 
     def _own_scores(self, states: Mapping[str, State], device: torch.device) -> dict[str, Part]:
         """Return the finished scores of this rank's sites, as something to merge; none where no token was seen."""
@@ -198,14 +219,6 @@ class ScoringRun:
             )
             for site in self.sites
             if int(states[site.key]["num_tokens"])
-        }
-
-    def _all_metadata(self) -> dict[str, Any]:
-        return {
-            "num_steps": self.num_steps,
-            "model": {**self.view.facts, **self._metadata.get("model", {})},
-            "layout": dict(self.view.layout),
-            **{name: value for name, value in self._metadata.items() if name != "model"},
         }
 
     def _settle(self) -> None:

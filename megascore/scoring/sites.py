@@ -9,12 +9,12 @@ from torch import Tensor
 
 from megascore.errors import LayoutError, ModelError
 from megascore.hooks import ForwardHook, Merge, State, Statistic
-from megascore.parallel.comm import world_size
+from megascore.parallel.comm import gather_objects, world_size
 from megascore.parallel.merge import Part, Plan, agree_on_plan
 from megascore.scoring.places import KIND_OF_TARGET, ModelView, Place, check_covers_world
 from megascore.scoring.recipes import ScoreRequest
 
-__all__ = ["SCORE", "Site", "build_sites", "check_places", "plan_of_scores", "plan_of_states"]
+__all__ = ["SCORE", "Site", "build_sites", "check_places", "check_targets", "plan_of_scores", "plan_of_states"]
 
 SCORE = "score"
 """Name of the one result of a site that goes into the score file."""
@@ -91,24 +91,30 @@ def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site
     return tuple(sites)
 
 
-def plan_of_states(sites: Sequence[Site], requests: Sequence[ScoreRequest]) -> Plan:
+def check_targets(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
+    """Refuse a score for which no rank has a place. Collective over the world.
+
+    Raises:
+        ModelError: on every rank.
+    """
+    found = {kind for kinds in gather_objects({place.kind for place in view.places}) for kind in kinds}
+    for request in requests:
+        if KIND_OF_TARGET[request.target] not in found:
+            raise ModelError(
+                f"target '{request.target}' matches no module on any rank: the model has no "
+                f"{KIND_OF_TARGET[request.target].value} that megascore knows. Drop it from 'scores'."
+            )
+
+
+def plan_of_states(sites: Sequence[Site]) -> Plan:
     """Return the statistics of all sites in the world.
 
     Collective over the world.
 
     Raises:
         LayoutError: ranks disagree about a site.
-        ModelError: on every rank, where a target matches nothing on any rank.
     """
-    plan = agree_on_plan({site.key: site.statistics for site in sites})
-    for request in requests:
-        ending = f"/{request.target}/{request.method}"
-        if not any(key.endswith(ending) for key in plan):
-            raise ModelError(
-                f"target '{request.target}' matches no module on any rank: the model has no "
-                f"{KIND_OF_TARGET[request.target].value} that megascore knows. Drop it from 'scores'."
-            )
-    return plan
+    return agree_on_plan({site.key: site.statistics for site in sites})
 
 
 def plan_of_scores(sites: Sequence[Site]) -> Plan:

@@ -1,0 +1,203 @@
+"""Catching what a block is given: a pre-hook keeps its arguments, and the forward pass ends there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from megascore.capture.calls import BlockCall, StoredCalls
+from megascore.capture.nested import nested_move_to
+from megascore.capture.stores import TensorStore
+from megascore.capture.surroundings import without_compiling
+from megascore.errors import ModelError
+
+__all__ = ["BlockInputCapture", "Halt", "capture_block_inputs", "run_model"]
+
+
+class Halt(BaseException):
+    """Ends a forward pass from inside, on its way to the one who raised it.
+
+    No ``Exception``, as it is no error: a model that catches those does not catch it.
+    """
+
+    def __init__(self, owner: object) -> None:
+        """Say who waits for it; others let it pass."""
+        super().__init__("a forward pass was halted by megascore.capture, and nobody caught it")
+        self._owner = owner
+
+    def catch(self, owner: object) -> None:
+        """Return if it belongs to ``owner``, and let it go on if not."""
+        if self._owner is not owner:
+            raise self
+
+
+class BlockInputCapture:
+    """Keeps all arguments of a block, forward pass after forward pass, and halts each pass there.
+
+    >>> with BlockInputCapture(model.layers[0]) as capture:  # doctest: +SKIP
+    ...     for batch in batches:
+    ...         capture.run(model, batch)
+    >>> output = model.layers[0](*capture.inputs[0].args, **capture.inputs[0].kwargs)  # doctest: +SKIP
+
+    - Only this capture's own halt ends in `run`. Errors of the model, and halts of other captures (of an outer model,
+      say), come through; the pass that they end leaves nothing in `inputs`.
+    - A halted pass ends at the first call of the block, and does not see whether there would be another in this pass;
+      with ``halt=False`` a second one is an error.
+    - Captured tensors are detached, and normal tensors also where the pass ran in inference mode. The modes of the
+      caller (`torch.no_grad`, inference mode, autocast) hold in the pass, and are as before after it.
+    - A compiled model runs uncompiled here, as a hook that is put on it later would go unheard.
+    - Halting or not, the hook is gone when the ``with`` block is left, however that happens.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        *,
+        halt: bool = True,
+        store: TensorStore | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Prepare; the hook is put on when the ``with`` block is entered.
+
+        Args:
+            block: The module whose arguments are kept.
+            halt: End the pass at the block. Otherwise it goes on: where other ranks would wait for it.
+            store: Where tensors wait; the host's memory if not given.
+            device: Where `inputs` gives tensors; the block's own device if not given.
+        """
+        self._block = block
+        self._halts = halt
+        self.inputs = StoredCalls(store, device if device is not None else device_of(block))
+        """The calls so far, one for each pass, as a sequence of `BlockCall`."""
+        self._handle: RemovableHandle | None = None
+        self._num_reached = 0
+
+    def __enter__(self) -> BlockInputCapture:
+        """Put the hook on."""
+        # First of all hooks of the block: others may do work that is not needed when the pass ends here.
+        self._handle = self._block.register_forward_pre_hook(self._observe, prepend=True, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the hook off."""
+        assert self._handle is not None
+        self._handle.remove()
+        self._handle = None
+
+    def run(self, forward: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Run one forward pass, ``forward(*args, **kwargs)``, until it reaches the block.
+
+        Raises:
+            ModelError: the block was not reached, or more than once in a pass that was not halted, or the model caught
+                the halt with a bare ``except``. Nothing of this pass is kept.
+        """
+        if self._handle is None:
+            raise ModelError("BlockInputCapture.run needs its hook: call it inside of 'with capture:'.")
+        num_before = len(self.inputs)
+        self._num_reached, kept = 0, False
+        try:
+            with without_compiling():
+                forward(*args, **kwargs)
+            kept = not self._halts and self._num_reached == 1
+        except Halt as halt:
+            halt.catch(self)
+            kept = True
+        finally:
+            self.inputs.forget_identities()
+            if not kept:
+                self.inputs.truncate(num_before)
+        if not kept:
+            self._raise_not_captured()
+
+    def _raise_not_captured(self) -> NoReturn:
+        name = type(self._block).__name__
+        if self._num_reached == 0:
+            raise ModelError(
+                f"the forward pass ended without reaching the block ({name}): is it part of the model that ran, and "
+                "does the model use it for this batch?"
+            )
+        if self._halts:
+            raise ModelError(
+                f"the forward pass went on after it was halted at the block ({name}): the model catches "
+                "BaseException. Let that through, or capture with halt=False."
+            )
+        raise ModelError(
+            f"the block ({name}) was reached {self._num_reached} times in one forward pass: its inputs are not one "
+            "call. Blocks that a model shares between layers, or runs again, cannot be captured."
+        )
+
+    def _observe(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._num_reached += 1
+        if self._num_reached == 1:
+            self.inputs.append(BlockCall(args, kwargs))
+        if self._halts:
+            raise Halt(self)
+
+
+def capture_block_inputs(
+    model: nn.Module,
+    block: nn.Module | str,
+    batches: Iterable[Any],
+    *,
+    store: TensorStore | None = None,
+    device: torch.device | str | None = None,
+) -> StoredCalls:
+    """Run a model up to one of its blocks, and return what the block is given for each batch.
+
+    Without gradients; the mode of the model (training or not) is left as it is.
+
+    Args:
+        model: Called as ``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, else ``model(batch)``.
+        block: A module of the model, or its dotted name.
+        batches: Tensors in them are moved to the device of the model's first parameter.
+        store: Where tensors wait; the host's memory if not given.
+        device: Where the calls are given back; the block's own device if not given.
+
+    Returns:
+        One call for each batch.
+
+    Raises:
+        ModelError: there is no such block, or a pass did not reach it.
+    """
+    capture = BlockInputCapture(_find_block(model, block), store=store, device=device)
+    with torch.no_grad(), capture:
+        for batch in batches:
+            capture.run(run_model, model, nested_move_to(batch, device_of(model)))
+    return capture.inputs
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Return ``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, else ``model(batch)``."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer that has one; the CPU if there is none."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+
+
+def _find_block(model: nn.Module, block: nn.Module | str) -> nn.Module:
+    if isinstance(block, nn.Module):
+        if not any(module is block for module in model.modules()):
+            raise ModelError(f"the block ({type(block).__name__}) is not part of the model ({type(model).__name__}).")
+        return block
+    try:
+        return model.get_submodule(block)
+    except AttributeError as error:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        raise ModelError(
+            f"{type(model).__name__} has no block '{block}' ({error}); its lists of modules: "
+            f"{', '.join(names) or 'none'}."
+        ) from error

@@ -1,0 +1,68 @@
+"""A Hugging Face model without weights, for those that are read when they are needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from megascore.errors import ModelError
+
+__all__ = ["empty_model", "parameters_on_meta"]
+
+
+def empty_model(folder: str | Path) -> nn.Module:
+    """Build the model of a checkpoint directory with its parameters on the meta device, and its buffers real.
+
+    Buffers that no checkpoint holds, such as rotary tables, are computed when a model is built, and so are right.
+    The model is in evaluation mode, in the dtype that its config names.
+
+    Raises:
+        ModelError: transformers is not installed, or the folder has no config that it knows.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            f"the model in {folder} needs transformers ({error}): run pip install 'megascore[huggingface]'."
+        ) from error
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"model folder {folder} has no config.json: name a Hugging Face checkpoint directory.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"the config in {folder} cannot be used: {error}") from error
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    causal = architecture.endswith("ForCausalLM")
+    builder: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    # Renamed in transformers 4.56.
+    name = "dtype" if hasattr(config, "dtype") else "torch_dtype"
+    dtype = getattr(config, name, None)
+    with parameters_on_meta():
+        model: nn.Module = builder.from_config(config, **({name: dtype} if dtype is not None else {}))
+    return model.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Have the parameters of every module that is built inside on the meta device, at once; buffers stay real.
+
+    ``torch.device("meta")`` would take the buffers, too, and their content with them.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # Tied parameters come here a second time, and must stay one.
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
