@@ -28,7 +28,7 @@ from megascore.scoring.recipes import ScoreRequest
 from megascore.scoring.results import Results, run_metadata
 from megascore.scoring.run import ScoringRun
 from megascore.scoring.score_file import Scores
-from megascore.scoring.sites import check_places, check_targets
+from megascore.scoring.sites import check_places, present_requests
 
 __all__ = ["BlockwiseOptions", "score_blocks"]
 
@@ -75,7 +75,7 @@ def score_blocks(
     model = view.modules[0]
     own_blocks = agree("looking for the blocks", lambda: find_blocks(model, blocks))
     agree("looking for the modules to score", lambda: check_places(view, requests))
-    check_targets(view, requests)
+    requests = present_requests(view, requests)
     num_passes = agree("counting the batches", lambda: _num_passes(requests, batches))
     masks = agree("counting the masks", lambda: _masks(options.token_masks, len(batches)))
     _check_same_everywhere(len(batches))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -43,6 +43,8 @@ class ScoreRequest:
     method: str
     options: tuple[tuple[str, Any], ...] = ()
     """Name and value of the options of the method."""
+    where_present: bool = field(default=False, compare=False)
+    """Leave the entry out where the model has no such module; otherwise that is an error."""
 
     def __post_init__(self) -> None:
         """Refuse an unknown target, or a method that cannot rank this target.
@@ -77,13 +79,17 @@ class ScoreRequest:
 
 RECIPES: dict[str, tuple[ScoreRequest, ...]] = {
     "minitron": (
-        ScoreRequest("ffn", "l2_norm"),
+        ScoreRequest("ffn", "l2_norm", where_present=True),
         ScoreRequest("attention_heads", "l2_norm"),
         ScoreRequest("hidden_size", "l2_norm"),
         ScoreRequest("layers", "block_similarity"),
+        ScoreRequest("experts", "router_weighted_norm", where_present=True),
+        ScoreRequest("expert_ffn", "l2_norm", where_present=True),
+        ScoreRequest("shared_expert_ffn", "l2_norm", where_present=True),
     ),
 }
-"""Named lists of scores. ``minitron``: the activation scores of arXiv:2407.14679, section 2.2, all in one pass."""
+"""Named lists of scores. ``minitron``: the activation scores of arXiv:2407.14679, section 2.2, all in one pass; of a
+model with experts also theirs."""
 
 
 def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> tuple[ScoreRequest, ...]:

@@ -26,9 +26,9 @@ from megascore.scoring.sites import (
     Site,
     build_sites,
     check_places,
-    check_targets,
     plan_of_scores,
     plan_of_states,
+    present_requests,
 )
 
 __all__ = ["ScoringRun"]
@@ -51,7 +51,7 @@ class ScoringRun:
 
         Args:
             view: The model, seen through the adapter of its library.
-            requests: What to score.
+            requests: What to score; `requests` of the run has those that the model has modules for.
             metadata: Entries to add to the score file's metadata, such as fingerprints.
 
         Raises:
@@ -59,10 +59,9 @@ class ScoringRun:
             ModelError: a target matches no module on any rank.
         """
         self.view = view
-        self.requests = tuple(requests)
         # What a rank alone can find wrong is told first, for some hooks gather their weights when they are built.
         agree("looking for the modules to score", lambda: check_places(view, requests))
-        check_targets(view, requests)
+        self.requests = present_requests(view, requests)
         self.sites = agree("building the hooks", lambda: build_sites(view, requests))
         self.num_steps = 0
         self._metadata = dict(metadata or {})

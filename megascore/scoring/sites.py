@@ -14,7 +14,7 @@ from megascore.parallel.merge import Part, Plan, agree_on_plan
 from megascore.scoring.places import KIND_OF_TARGET, ModelView, Place, check_covers_world
 from megascore.scoring.recipes import ScoreRequest
 
-__all__ = ["SCORE", "Site", "build_sites", "check_places", "check_targets", "plan_of_scores", "plan_of_states"]
+__all__ = ["SCORE", "Site", "build_sites", "check_places", "plan_of_scores", "plan_of_states", "present_requests"]
 
 SCORE = "score"
 """Name of the one result of a site that goes into the score file."""
@@ -91,19 +91,25 @@ def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site
     return tuple(sites)
 
 
-def check_targets(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
-    """Refuse a score for which no rank has a place. Collective over the world.
+def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:
+    """Return the requests without those that may be left out, and are for nothing that the model has.
+
+    Collective over the world.
 
     Raises:
-        ModelError: on every rank.
+        ModelError: on every rank, where no rank has a place for another one.
     """
     found = {kind for kinds in gather_objects({place.kind for place in view.places}) for kind in kinds}
+    present = []
     for request in requests:
-        if KIND_OF_TARGET[request.target] not in found:
+        if KIND_OF_TARGET[request.target] in found:
+            present.append(request)
+        elif not request.where_present:
             raise ModelError(
                 f"target '{request.target}' matches no module on any rank: the model has no "
                 f"{KIND_OF_TARGET[request.target].value} that megascore knows. Drop it from 'scores'."
             )
+    return tuple(present)
 
 
 def plan_of_states(sites: Sequence[Site]) -> Plan:

@@ -64,6 +64,17 @@ def test_scores_of_a_model_with_experts_do_not_depend_on_where_they_are(
     assert found.metadata["num_tokens"] == 192
 
 
+@pytest.mark.parametrize(("family", "has_ffn"), [("mixtral", False), ("qwen3_moe", True), ("llama", True)])
+def test_the_recipe_scores_what_the_model_has(family: str, has_ffn: bool, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.safetensors"
+    told = run_on_rank(make(tmp_path / family, family), text, output, "scores=minitron")
+    assert output.exists(), told
+    targets = {key.split("/")[1] for key in megascore.load_scores(output)}
+    experts = set() if family == "llama" else {"experts", "expert_ffn"}
+    ffn = {"ffn"} if has_ffn else set()
+    assert targets == {"attention_heads", "hidden_size", "layers"} | experts | ffn
+
+
 def test_samples_that_ranks_with_experts_cannot_share_evenly_are_refused(
     text: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
