@@ -13,7 +13,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megascore.mcore.compat import has_transformer_engine
+from megascore.mcore.compat import has_transformer_engine, submodules_of
 from megascore.mcore.context_parallel import GatheringAttention
 
 __all__ = ["TorchNorm", "block_spec"]
@@ -48,7 +48,7 @@ def block_spec(config: TransformerConfig, device: torch.device, chunk: int | Non
     if device.type == "cuda" and has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    attention = layer.submodules.self_attention.submodules
+    attention = submodules_of(layer.submodules.self_attention)
     for owner, name in (
         (layer.submodules, "input_layernorm"),
         (layer.submodules, "pre_mlp_layernorm"),
