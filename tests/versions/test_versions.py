@@ -28,6 +28,8 @@ REPOSITORY = Path(__file__).parents[2]
 VERSIONS = [f"0.{minor}" for minor in range(SUPPORTED_MEGATRON[0][1], SUPPORTED_MEGATRON[1][1])]
 TOLERANCE = 1e-12
 """The same formulas in float64 in the same layout; sums may be taken in another order."""
+ROUTED_TOLERANCE = 1e-6
+"""From 0.18 on the router's sigmoid is taken in float32, whatever the model's type."""
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +80,8 @@ def test_a_supported_version_gives_the_same_scores(
     scores = load_file(output)
     assert scores.keys() == expected.keys()
     for key, value in scores.items():
-        torch.testing.assert_close(
-            value, expected[key], rtol=TOLERANCE, atol=0, msg=lambda text, key=key: f"{key}: {text}"
-        )
+        rtol = ROUTED_TOLERANCE if "experts: " in key else TOLERANCE
+        torch.testing.assert_close(value, expected[key], rtol=rtol, atol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_the_package_asks_for_the_versions_that_are_tried() -> None:
