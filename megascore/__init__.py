@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 from megascore.embedding import attach, score_blockwise
+from megascore.saver import checkpoints
 from megascore.scoring.score_file import Scores, load_scores
 
-__all__ = ["Scores", "__version__", "attach", "load_scores", "score_blockwise"]
+__all__ = ["Scores", "__version__", "attach", "checkpoints", "load_scores", "score_blockwise"]
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command line: ``megascore score``, ``show``, ``compare`` and ``status``."""
+"""The command line: ``megascore score``, ``show``, ``compare``, ``status`` and ``env``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TextIO
 from rich.console import Console
 
 import megascore
+from megascore.environment import look_around, render_environment
 from megascore.errors import MegascoreError
 from megascore.failures import run_and_report
 from megascore.scoring.compare import compare, render_comparison
@@ -110,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("folder", metavar="FOLDER", type=Path, help="the run's run.checkpoint_dir")
     status.set_defaults(command=_status)
+    env = commands.add_parser(
+        "env",
+        help="show what is installed, and what that turns on",
+        description="Show versions, packages and GPUs, and which optional paths they turn on or off, and why.",
+    )
+    env.set_defaults(command=_env)
     return parser
 
 
@@ -154,6 +161,11 @@ def _status(arguments: argparse.Namespace) -> int:
         if value is not None:
             console.print(f"{name}: {value}", soft_wrap=True, highlight=False, markup=False)
     return CODE_OF_STATE[RunState(status["state"])]
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    _console(sys.stdout).print(render_environment(look_around()))
+    return 0
 
 
 def _console(stream: TextIO) -> Console:

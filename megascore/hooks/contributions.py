@@ -152,7 +152,8 @@ def _sums_of_block(inputs: Tensor, cross: Tensor, squares: Tensor, square_norms:
 def _sums_with_nothing_pruned(x: Tensor, norms: Tensor, mask: Tensor | None) -> Tensor:
     """Return the sums over tokens of ``sqrt((x norm2(W))^2 + EPSILON)``: [C] float64."""
     total = kernels.ColumnSum(x.shape[1], norms.dtype, x.device)
-    epsilon = norms.new_tensor(EPSILON)
+    # Filled on its device: made from a number of the host it would have to wait for a copy.
+    epsilon = norms.new_full((), EPSILON)
     for start, stop in kernels.chunks(len(x), x.shape[1] * norms.itemsize, x.device):
         value = x[start:stop].to(norms.dtype) * norms
         torch.addcmul(epsilon, value, value, out=value).sqrt_()

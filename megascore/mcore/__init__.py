@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megascore.mcore.triton_stand_in import triton_stand_in
+
 __all__ = [
     "MegatronBlockSimilarityHook",
     "MegatronIndependentChannelContributionHook",
@@ -34,7 +36,7 @@ def _importing_megatron() -> Iterator[None]:
     def leave_alone(function: Any = None, **_: Any) -> Any:
         return (lambda inner: inner) if function is None else function
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), triton_stand_in():
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             setattr(torch, "compile", leave_alone)  # noqa: B010 - mypy takes no assignment to a function

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 from megatron.core.transformer import utils as transformer_utils
+from megatron.core.transformer.moe import moe_utils
 
-__all__ = ["forget_cached_masks", "has_transformer_engine"]
+__all__ = ["forget_cached_masks", "has_transformer_engine", "missing_names", "submodules_of"]
 
 
 def forget_cached_masks() -> None:
@@ -20,3 +22,17 @@ def forget_cached_masks() -> None:
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine is installed."""
     return find_spec("transformer_engine") is not None
+
+
+def missing_names() -> list[tuple[Any, str, Any]]:
+    """Return names that some versions use without defining them everywhere: (module, name, value to give it)."""
+    # 0.15 and 0.16 ask for this one of Transformer Engine's also where that is not installed.
+    return [(moe_utils, "te_general_gemm", getattr(moe_utils, "te_general_gemm", None))]
+
+
+def submodules_of(spec: Any) -> Any:
+    """Return what the layers inside a layer spec are built of, to be looked at or changed.
+
+    Up to 0.16 every spec is a ``ModuleSpec``; from 0.17 on some are a ``functools.partial`` of the class.
+    """
+    return spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe import moe_utils, shared_experts, token_dispatcher
+from megatron.core.transformer.moe import shared_experts, token_dispatcher
 from torch import Tensor
+
+from megascore.mcore.compat import missing_names
 
 __all__ = ["expert_replacements"]
 
@@ -16,8 +18,7 @@ __all__ = ["expert_replacements"]
 def expert_replacements() -> list[tuple[Any, str, Any]]:
     """Return the names to be given other values meanwhile: (module or class, name, value)."""
     return [
-        # 0.16 asks for this name of Transformer Engine's also where that is not installed.
-        (moe_utils, "te_general_gemm", getattr(moe_utils, "te_general_gemm", None)),
+        *missing_names(),
         # Streams that the classes keep for all their instances.
         (token_dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
         (shared_experts.SharedExpertMLP, "stream", None),
@@ -33,8 +34,8 @@ def expert_replacements() -> list[tuple[Any, str, Any]]:
 def _all_to_all(original: Callable[..., Any]) -> Callable[..., Any]:
     """Take sizes of splits as tensors, as they stay on the CPU, where gloo takes lists only."""
 
-    def wrapped(group: Any, tokens: Tensor, *splits: Any) -> Any:
-        return original(group, tokens, *(s.tolist() if isinstance(s, Tensor) else s for s in splits))
+    def wrapped(group: Any, tokens: Tensor, *splits: Any, **options: Any) -> Any:
+        return original(group, tokens, *(s.tolist() if isinstance(s, Tensor) else s for s in splits), **options)
 
     return wrapped
 

@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megascore.mcore.compat import has_transformer_engine
+from megascore.mcore.compat import has_transformer_engine, submodules_of
 from megascore.mcore.context_parallel import GatheringAttention
 
 __all__ = ["TorchNorm", "block_spec", "uses_grouped_experts"]
@@ -63,7 +63,7 @@ def _uses_transformer_engine(device: torch.device) -> bool:
 
 def _use_torch_modules(layer: Any, *, context_parallel: bool) -> None:
     """Change a layer's spec in place; the layers of a block share it, so it may have been changed already."""
-    attention = layer.submodules.self_attention.submodules
+    attention = submodules_of(layer.submodules.self_attention)
     for owner, name in (
         (layer.submodules, "input_layernorm"),
         (layer.submodules, "pre_mlp_layernorm"),

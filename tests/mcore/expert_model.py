@@ -96,6 +96,7 @@ def _block_spec(config: Any, variant: Variant) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+    from megascore.mcore.compat import submodules_of
     from megascore.mcore.context_parallel import GatheringAttention
     from megascore.mcore.spec import TorchNorm
 
@@ -105,7 +106,8 @@ def _block_spec(config: Any, variant: Variant) -> Any:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
         if config.context_parallel_size > 1:
             layer.submodules.self_attention.submodules.core_attention = GatheringAttention
-    moe.submodules.mlp.submodules.experts = experts_spec(variant, moe.submodules.mlp.submodules.experts)
+    moe_parts = submodules_of(moe.submodules.mlp)
+    moe_parts.experts = experts_spec(variant, moe_parts.experts)
     layers = [dense] + [moe] * (NUM_LAYERS - 1)
     first = get_transformer_layer_offset(config)
     return TransformerBlockSubmodules(
@@ -132,10 +134,12 @@ class _GroupedLinear(nn.Module):
 
     parallel_mode: str
 
-    def __init__(self, num_gemms: int, input_size: int, output_size: int, *, pg_collection: Any, **_: Any) -> None:
+    def __init__(self, num_gemms: int, input_size: int, output_size: int, **_: Any) -> None:
+        from megatron.core import parallel_state
+
         super().__init__()
         self.num_gemms = num_gemms
-        size = pg_collection.expt_tp.size()
+        size = parallel_state.get_expert_tensor_parallel_world_size()
         column = self.parallel_mode == "column"
         shape = (output_size // size, input_size) if column else (output_size, input_size // size)
         for number in range(num_gemms):
@@ -190,8 +194,10 @@ def _fill(model: nn.Module) -> None:
 
 
 def _fill_experts(moe_layer: Any, prefix: str) -> None:
+    from megatron.core import parallel_state
+
     experts, num_local = moe_layer.experts, moe_layer.num_local_experts
-    group = experts.tp_group
+    group = parallel_state.get_expert_tensor_parallel_group()
     fc1 = (2 * SIZES["moe_ffn"] // group.size(), SIZES["hidden"])
     fc2 = (SIZES["hidden"], SIZES["moe_ffn"] // group.size())
     for position, number in enumerate(moe_layer.local_expert_indices):

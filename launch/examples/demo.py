@@ -1,0 +1,45 @@
+"""What the examples score: a Hugging Face checkpoint in Megatron-Core, and made-up text. Yours come from your program.
+
+Every example runs as ``torchrun --nproc-per-node 2 launch/examples/NAME.py CHECKPOINT OUTPUT``, on GPUs or CPUs, with
+any checkpoint directory that `megascore score` takes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megascore.mcore.build import load_model
+from megascore.mcore.world import local_device, parallel_world
+from megascore.scoring.config import ModelConfig, ParallelConfig
+
+NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 3, 4, 32
+
+
+def arguments() -> tuple[str, str]:
+    """The checkpoint directory and the score file to write."""
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: torchrun --nproc-per-node 2 {sys.argv[0]} CHECKPOINT OUTPUT")
+    return sys.argv[1], sys.argv[2]
+
+
+@contextmanager
+def megatron_model(checkpoint: str, **degrees: int | bool) -> Iterator[GPTModel]:
+    """Initialise torch.distributed and Megatron's groups, and build this rank's part of the model."""
+    parallel, device = ParallelConfig(**degrees), local_device()  # type: ignore[arg-type]
+    with parallel_world(parallel, device, timedelta(minutes=10)):
+        model = load_model(ModelConfig(hf=checkpoint, dtype="float32"), parallel, device, SEQUENCE_LENGTH)[0]
+        yield model
+
+
+def batches(vocab_size: int) -> Iterator[Tensor]:
+    """Yield the global batch of each step, [samples, sequence] int64, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(NUM_STEPS):
+        yield torch.randint(vocab_size, (GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH), generator=generator)

@@ -1,0 +1,18 @@
+"""What is installed on this machine, and which optional paths of megascore it turns on: ``megascore env``."""
+
+from __future__ import annotations
+
+from megascore.environment.look import Device, Environment, look_around
+from megascore.environment.optional_paths import OptionalPath
+from megascore.environment.packages import SUPPORTED_MEGATRON, Package
+from megascore.environment.report import render_environment
+
+__all__ = [
+    "SUPPORTED_MEGATRON",
+    "Device",
+    "Environment",
+    "OptionalPath",
+    "Package",
+    "look_around",
+    "render_environment",
+]
