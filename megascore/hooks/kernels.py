@@ -42,6 +42,10 @@ MIN_ROWS_AT_ONCE = 16
 """Rows that the scratch should hold where there is a choice: fewer cost more in calls than they save."""
 ROWS_AT_ONCE = 256
 """Numbers of one sign that float32 adds one after the other with a relative error of some 3e-7."""
+ROWS_OF_PRODUCT = ROWS_AT_ONCE - 16
+"""Numbers that a product adds; the others of `ROWS_AT_ONCE` are for adding up several products."""
+MAX_PARTS = 8
+"""Threads that get a product of their own: with more, each would have too few rows of the scratch."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -146,18 +150,18 @@ class ColumnSum:
 
     On a CPU by products with ones, which add the columns of a row-major matrix faster than `Tensor.sum` does. Each
     thread gets the rows that it has just written when an elementwise operation filled the matrix, for they are in the
-    cache of its core: as one product for each thread, in a batch. A product adds one number after the other, so float32
-    gets no more than `ROWS_AT_ONCE` of them before float64 takes over.
+    cache of its core: as one product for each thread, in a batch. Products add one number after the other, so float32
+    gets no more than `ROWS_AT_ONCE` additions in a chain before float64 takes over.
     """
 
     def __init__(self, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
         """Start from zero; ``dtype`` is that of the matrices, float32 or float64."""
         self._total = torch.zeros(num_columns, dtype=torch.float64, device=device)
         self._on_cpu = device.type == "cpu"
-        self._num_threads = torch.get_num_threads() if self._on_cpu else 1
-        self._partial = torch.zeros(self._num_threads, 1, num_columns, dtype=dtype, device=device)
-        self._ones = self._partial.new_ones(self._num_threads, 1, 1)
-        self._num_rows = 0
+        self._num_parts = min(torch.get_num_threads(), MAX_PARTS) if self._on_cpu else 1
+        self._partial = torch.zeros(self._num_parts, 1, num_columns, dtype=dtype, device=device)
+        self._ones = self._partial.new_ones(self._num_parts, 1, 1)
+        self._chain = 0
 
     def add(self, matrix: Tensor) -> None:
         """Add the rows of ``matrix`` [T, C], contiguous; it is not kept."""
@@ -165,22 +169,24 @@ class ColumnSum:
             self._total += matrix.sum(0)
             return
         num_rows = len(matrix)
-        at_once = ROWS_AT_ONCE * self._num_threads
+        at_once = ROWS_OF_PRODUCT * self._num_parts
         if num_rows > at_once:
             for rows in torch.split(matrix, at_once):
                 self.add(rows)
             return
-        rows_each, num_left = divmod(num_rows, self._num_threads)
-        if self._num_rows + rows_each + (num_left > 0) > ROWS_AT_ONCE:
+        rows_each, num_left = divmod(num_rows, self._num_parts)
+        # The longest product so far, and one addition for each product after it.
+        self._chain = max(self._chain, rows_each) + 1 + num_left
+        if self._chain > ROWS_AT_ONCE:
             self._flush()
+            self._chain = rows_each + 1 + num_left
         if rows_each:
             if self._ones.shape[-1] != rows_each:
-                self._ones = self._partial.new_ones(self._num_threads, 1, rows_each)
-            even = matrix[: num_rows - num_left].view(self._num_threads, rows_each, -1)
+                self._ones = self._partial.new_ones(self._num_parts, 1, rows_each)
+            even = matrix[: num_rows - num_left].view(self._num_parts, rows_each, -1)
             self._partial.baddbmm_(self._ones, even)
-        for row in range(num_rows - num_left, num_rows):
-            self._partial[row % self._num_threads, 0] += matrix[row]
-        self._num_rows += rows_each + (num_left > 0)
+        for row in matrix[num_rows - num_left :]:
+            self._partial[0, 0] += row
 
     def result(self) -> Tensor:
         """Return the sum so far: [C] float64."""
@@ -191,7 +197,7 @@ class ColumnSum:
         # Not in one step: adding two types is an order of magnitude slower than converting one.
         self._total += self._partial.double().sum((0, 1))
         self._partial.zero_()
-        self._num_rows = 0
+        self._chain = 0
 
 
 def _scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
