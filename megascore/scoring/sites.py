@@ -14,7 +14,7 @@ from megascore.parallel.merge import Part, Plan, agree_on_plan
 from megascore.scoring.places import KIND_OF_TARGET, ModelView, Place, check_covers_world
 from megascore.scoring.recipes import ScoreRequest
 
-__all__ = ["SCORE", "Site", "build_sites", "check_places", "plan_of_scores", "plan_of_states"]
+__all__ = ["SCORE", "Site", "build_sites", "check_places", "check_targets", "plan_of_scores", "plan_of_states"]
 
 SCORE = "score"
 """Name of the one result of a site that goes into the score file."""
@@ -101,6 +101,16 @@ def plan_of_states(sites: Sequence[Site], requests: Sequence[ScoreRequest]) -> P
         ModelError: on every rank, where a target matches nothing on any rank.
     """
     plan = agree_on_plan({site.key: site.statistics for site in sites})
+    check_targets(plan, requests)
+    return plan
+
+
+def check_targets(plan: Plan, requests: Sequence[ScoreRequest]) -> None:
+    """Check that every target is somewhere in the world. Not collective.
+
+    Raises:
+        ModelError: a target matches nothing on any rank.
+    """
     for request in requests:
         ending = f"/{request.target}/{request.method}"
         if not any(key.endswith(ending) for key in plan):
@@ -108,7 +118,6 @@ def plan_of_states(sites: Sequence[Site], requests: Sequence[ScoreRequest]) -> P
                 f"target '{request.target}' matches no module on any rank: the model has no "
                 f"{KIND_OF_TARGET[request.target].value} that megascore knows. Drop it from 'scores'."
             )
-    return plan
 
 
 def plan_of_scores(sites: Sequence[Site]) -> Plan:
