@@ -8,11 +8,14 @@ from itertools import groupby
 
 from rich.console import Console
 
-from megascore.scoring.dry_run import DryRun, RankGroup
+from megascore.scoring.dry_run import DryRun, RankPlan
 
 __all__ = ["format_bytes", "render_dry_run"]
 
-HEADINGS = ("site / target / method", "channels here", "roles", "ranks", "memory here", "sent here")
+SITE_HEADINGS = ("site / target / method", "channels here", "roles", "ranks", "memory here", "sent here")
+RANK_HEADINGS = ("ranks", "sites", "weights", "hooks keep", "more in a step", "a step sends", "for one sample")
+LEFT = ("site / target / method", "roles", "ranks", "weights")
+"""Headings of columns that are words; the others are numbers, and stand on the right."""
 SCRATCH_BYTES = 1 << 26
 """What a call of any hook takes at most; tests/hooks/test_kernels.py measures it."""
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -38,19 +41,19 @@ def render_dry_run(dry_run: DryRun, console: Console) -> None:
         )
         for line, ranks in sites.items()
     ]
-    notes = (*_without_hook(dry_run), *LEGEND, "", *_ranks(dry_run), *_world(dry_run))
+    notes = (*_without_hook(dry_run), *LEGEND, "", *_ranks(dry_run), "", *_world(dry_run))
     # In one go, and not as a table of rich's: there may be 100,000 sites, and names are worth more than the width.
-    text = "\n".join((title, "", *_aligned([HEADINGS, *rows]), "", *notes))
+    text = "\n".join((title, "", *_aligned([SITE_HEADINGS, *rows]), "", *notes))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield the rows, the first of which is the headings, with their cells below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rights = ["here" in heading for heading in rows[0]]
+    lefts = [heading in LEFT for heading in rows[0]]
     for row in rows:
-        cells = zip(row, widths, rights, strict=True)
-        yield "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip()
+        cells = zip(row, widths, lefts, strict=True)
+        yield "  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in cells).rstrip()
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -76,40 +79,31 @@ def _without_hook(dry_run: DryRun) -> list[str]:
 
 
 def _ranks(dry_run: DryRun) -> Iterator[str]:
-    """Yield one line for each group of ranks that have the same sums."""
-    alike: dict[str, list[int]] = defaultdict(list)
+    """Yield a table with a row for each group of ranks that have the same sums, and one for all."""
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for group in dry_run.groups:
-        alike[_sums(group, dry_run.samples_of_step)].extend(group.ranks)
-    for text, ranks in alike.items():
-        yield f"Ranks {_spans(sorted(ranks))}: {text}"
+        alike[_sums(group.plan)].extend(group.ranks)
+    rows = [(_spans(sorted(ranks)), *sums) for sums, ranks in alike.items()]
+    weights = sum(len(group.ranks) * sum(group.plan.weight_bytes.values()) for group in dry_run.groups)
+    kept = sum(len(group.ranks) * group.plan.kept_bytes for group in dry_run.groups)
+    number = str(len({line.key for line in dry_run.sites}))
+    together = ("together", number, format_bytes(weights), format_bytes(kept), "", "", "")
+    yield from _aligned([RANK_HEADINGS, *rows, together])
 
 
-def _sums(group: RankGroup, num_samples: int) -> str:
-    plan = group.plan
+def _sums(plan: RankPlan) -> tuple[str, ...]:
     weights = " + ".join(f"{format_bytes(size)} {dtype}" for dtype, size in sorted(plan.weight_bytes.items()))
-    kept, step = f"hooks keep {format_bytes(plan.kept_bytes)}", "a step sends nothing"
-    if plan.waiting_bytes:
-        kept += f", and {format_bytes(plan.waiting_bytes)} more until a step ends"
-    if plan.step_bytes:
-        of_samples = f"{num_samples} samples, {format_bytes(plan.sample_bytes)} for one"
-        step = f"a step sends {format_bytes(plan.step_bytes)} ({of_samples})"
-    return f"{len(plan.sites)} sites; weights {weights or 'none'}; {kept}; {step}."
+    sizes = (plan.kept_bytes, plan.waiting_bytes, plan.step_bytes, plan.sample_bytes)
+    return str(len(plan.sites)), weights or "-", *map(format_bytes, sizes)
 
 
 def _world(dry_run: DryRun) -> Iterator[str]:
-    weights, kept = (
-        sum(len(group.ranks) * number for group, number in zip(dry_run.groups, numbers, strict=True))
-        for numbers in (
-            [sum(group.plan.weight_bytes.values()) for group in dry_run.groups],
-            [group.plan.kept_bytes for group in dry_run.groups],
-        )
-    )
-    yield f"All {dry_run.num_ranks} ranks: weights {format_bytes(weights)}, hooks {format_bytes(kept)}."
+    yield f"A step is {dry_run.samples_of_step} samples on a rank."
     yield f"The end of the run sends {format_bytes(dry_run.finish_bytes)} from each rank, in two all-reduces, once."
     yield f"Activations of the model come on top, and up to {format_bytes(SCRATCH_BYTES)} while a hook runs."
     yield "A dry run reads no data and no weights, and writes no file."
     if dry_run.pretended:
-        yield f"The {dry_run.num_ranks} processes were pretended by this one, and the model was built without memory."
+        yield f"The {dry_run.num_ranks} ranks were pretended by one process, which built the model without memory."
     for problem in dry_run.problems:
         yield f"Not ready: {problem}"
 
