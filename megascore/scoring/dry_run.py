@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -105,7 +106,7 @@ class DryRun:
         """Processes of the world."""
         return sum(len(group.ranks) for group in self.groups)
 
-    @property
+    @cached_property
     def sites(self) -> Mapping[SiteLine, Sequence[int]]:
         """All sites of the world with the ranks that have them."""
         ranks: dict[SiteLine, list[int]] = defaultdict(list)

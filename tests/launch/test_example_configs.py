@@ -182,6 +182,17 @@ def test_an_example_says_how_to_start_it_and_what_it_takes(name: str, plan: Plan
     check_iterations(resolve_scores(config.scores), num_steps(config.data.num_samples, config.run.global_batch_size))
 
 
+def test_an_example_is_started_as_it_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from megascore.cli import main
+
+    monkeypatch.chdir(ROOT)
+    architecture = ARCHITECTURES / "Mixtral-8x7B-v0.1"
+    assert main(["score", "launch/configs/mixtral-8x7b.yaml", "run.steps=0", f"model.hf={architecture}"]) == 0
+    shown = capsys.readouterr().out
+    assert "decoder.layers.31.mlp.experts.7.linear_fc2/expert_ffn/l2_norm" in shown
+    assert "24.2 GB bfloat16" in shown
+
+
 def test_the_readme_says_what_the_dry_run_of_llama_70b_says(plan: Plans) -> None:
     _, planned = plan("llama-3-70b")
     shown = io.StringIO()

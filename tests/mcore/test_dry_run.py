@@ -21,6 +21,7 @@ from megascore.mcore.gpt import build_gpt
 from megascore.mcore.huggingface.architecture import architecture_of
 from megascore.mcore.huggingface.config import read_config
 from megascore.mcore.job import run_job
+from megascore.mcore.world import is_alone
 from megascore.scoring.config import DataConfig, JobConfig, ModelConfig, ParallelConfig, RunConfig
 from megascore.scoring.dry_run import DryRun
 from megascore.scoring.dry_run_report import format_bytes
@@ -177,6 +178,15 @@ def test_a_world_of_one_and_one_without_data_are_pretended_too(models: Path) -> 
 def test_the_device_that_is_asked_for_need_not_be_there(models: Path) -> None:
     config = job(models / "llama", ParallelConfig(tensor=2))
     assert pretend(replace(config, run=replace(config.run, device="cuda"))).num_ranks == 2
+
+
+def test_a_world_of_one_that_torchrun_starts_is_a_process_by_itself(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert pretend(job(models / "llama", ParallelConfig(tensor=2))).num_ranks == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not is_alone()
 
 
 @pytest.mark.parametrize(
