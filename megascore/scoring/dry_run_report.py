@@ -17,7 +17,7 @@ RANK_HEADINGS = ("ranks", "sites", "weights", "hooks keep", "more in a step", "a
 LEFT = ("site / target / method", "roles", "ranks", "weights")
 """Headings of columns that are words; the others are numbers, and stand on the right."""
 SCRATCH_BYTES = 1 << 26
-"""What a call of any hook takes at most; tests/hooks/test_kernels.py measures it."""
+"""What the arithmetic of a call takes at most, whatever the hook; tests/hooks/test_kernels.py measures it."""
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 LEGEND = (
     "Roles: shard = channels split; sum = samples split; sum* = sequences split; same = replicated; own = other layers",
@@ -100,7 +100,8 @@ def _sums(plan: RankPlan) -> tuple[str, ...]:
 def _world(dry_run: DryRun) -> Iterator[str]:
     yield f"A step is {dry_run.samples_of_step} samples on a rank."
     yield f"The end of the run sends {format_bytes(dry_run.finish_bytes)} from each rank, in two all-reduces, once."
-    yield f"Activations of the model come on top, and up to {format_bytes(SCRATCH_BYTES)} while a hook runs."
+    scratch = format_bytes(SCRATCH_BYTES)
+    yield f"Activations of the model come on top; and while a hook runs, up to {scratch} and what other ranks send it."
     yield "A dry run reads no data and no weights, and writes no file."
     if dry_run.pretended:
         yield f"The {dry_run.num_ranks} ranks were pretended by one process, which built the model without memory."
