@@ -1,7 +1,8 @@
 """Megatron-Core on a machine without CUDA.
 
 Megatron's own modules name CUDA devices literally, even where everything they do would run on a CPU. `cpu_stand_in`
-answers those calls with the CPU while it is entered, and puts everything back when it is left.
+answers those calls with the CPU (or with PyTorch's meta device, whose tensors have shapes only) while it is entered,
+and puts everything back when it is left.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ from megascore.mcore.cpu_experts import expert_replacements
 __all__ = ["cpu_stand_in"]
 
 
+CPU = torch.device("cpu")
+
+
 @contextmanager
-def cpu_stand_in() -> Iterator[None]:
+def cpu_stand_in(device: torch.device = CPU) -> Iterator[None]:
     """Let Megatron-Core build and run models on the CPU while this context is entered.
 
     It may be entered again inside itself. It holds for the whole process, except that the redirection of literal
     ``"cuda"`` devices holds for the entering thread.
+
+    Args:
+        device: What takes the place of CUDA devices: the CPU, or the meta device to build models without memory.
 
     Raises:
         ConfigError: this process already uses CUDA, which the stand-in would hide.
@@ -37,7 +44,7 @@ def cpu_stand_in() -> Iterator[None]:
             "or choose run.device=cuda."
         )
     with ExitStack() as stack:
-        stack.enter_context(_replaced(torch.cuda, "current_device", lambda: torch.device("cpu")))
+        stack.enter_context(_replaced(torch.cuda, "current_device", lambda: device))
         stack.enter_context(_replaced(torch.cuda, "synchronize", lambda device=None: None))
         stack.enter_context(_replaced(megatron_random, "_CUDA_RNG_STATE_TRACKER", _NoRngTracker()))
         stack.enter_context(_replaced(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
@@ -45,7 +52,7 @@ def cpu_stand_in() -> Iterator[None]:
         for owner, name, value in expert_replacements():
             stack.enter_context(_replaced(owner, name, value))
         stack.callback(forget_cached_masks)
-        stack.enter_context(_CudaMeansCpu())
+        stack.enter_context(_NoCuda(device))
         yield
 
 
@@ -99,8 +106,12 @@ class _NoRngTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore[misc]
         return nullcontext()
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Turns ``device="cuda"``, ``.cuda()`` and ``pin_memory=True`` into their CPU counterparts."""
+class _NoCuda(TorchFunctionMode):
+    """Turns ``device="cuda"``, ``.cuda()`` and ``pin_memory=True`` into their counterparts on another device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
 
     def __torch_function__(
         self,
@@ -114,7 +125,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if not kwargs:
             return func(*args)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": torch.device("cpu")}
+            kwargs = {**kwargs, "device": self._device}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megascore.errors import DataError, ScoreFileError
+from megascore.errors import DataError, MegascoreError, ScoreFileError
 from megascore.mcore.layout import check_sequence_length, exchanges_tokens
 from megascore.mcore.source import ModelSource, model_source
 from megascore.parallel.comm import agree, broadcast_object, world_rank
@@ -27,7 +27,7 @@ from megascore.scoring.recipes import ScoreRequest
 from megascore.scoring.score_file import Scores, check_output_path, load_scores
 from megascore.scoring.snapshot import fingerprint_of, identity_of
 
-__all__ = ["JobInputs", "check_job", "check_output", "finished_scores", "read_inputs"]
+__all__ = ["JobInputs", "check_files", "check_job", "check_model", "check_output", "finished_scores", "read_inputs"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,40 @@ def check_job(config: JobConfig) -> ModelSource:
     Raises:
         MegascoreError: a wrong model, data source, layout or output path.
     """
-    source = model_source(config.model)
-    source.check(config.parallel)
-    check_sequence_length(config.data.sequence_length, config.parallel)
+    source = check_model(config)
+    source.weights.check()
     if world_rank() == 0:
         check_source(config.data)
-        # A run with checkpoints may have written its output already: whether it has is known when the data is read.
-        check_output_path(config.run.output, overwrite=config.run.overwrite or config.run.checkpoint_dir is not None)
+        _check_output_path(config)
     return source
+
+
+def check_model(config: JobConfig) -> ModelSource:
+    """Check what needs no weights, no data and no output: the model, and whether it splits so. Not collective.
+
+    Raises:
+        MegascoreError: a wrong model or layout.
+    """
+    source = model_source(config.model)
+    source.builder.check(config.parallel)
+    check_sequence_length(config.data.sequence_length, config.parallel)
+    return source
+
+
+def check_files(config: JobConfig, source: ModelSource) -> list[str]:
+    """Return what `check_job` finds wrong with files, one text for each: weights, data, output. Not collective."""
+    found = []
+    for check in (source.weights.check, lambda: check_source(config.data), lambda: _check_output_path(config)):
+        try:
+            check()
+        except MegascoreError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_output_path(config: JobConfig) -> None:
+    # A run with checkpoints may have written its output already: whether it has is known when the data is read.
+    check_output_path(config.run.output, overwrite=config.run.overwrite or config.run.checkpoint_dir is not None)
 
 
 def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[ScoreRequest]) -> JobInputs:

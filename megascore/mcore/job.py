@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from megascore.mcore.dry_run import dry_run
 from megascore.mcore.inputs import JobInputs, check_job, check_output, finished_scores, read_inputs
 from megascore.mcore.source import ModelSource
 from megascore.mcore.steps import run_steps
@@ -20,7 +21,7 @@ from megascore.mcore.world import local_device, parallel_world
 from megascore.parallel.comm import agree, world_rank
 from megascore.scoring.checkpointing import Checkpointer, CheckpointPlan
 from megascore.scoring.config import JobConfig
-from megascore.scoring.dry_run import render_sites
+from megascore.scoring.dry_run_report import render_dry_run
 from megascore.scoring.recipes import check_iterations, resolve_scores
 from megascore.scoring.report import render_scores
 from megascore.scoring.run import ScoringRun
@@ -32,8 +33,9 @@ __all__ = ["run_job"]
 def run_job(config: JobConfig, console: Console) -> Scores | None:
     """Run a scoring job and write its score file.
 
-    Collective over the world that torchrun started; a world of one without torchrun. With ``run.checkpoint_dir`` the
-    job saves as it goes; started again, it goes on from there, on any layout, or says that it is finished.
+    Collective over the world that torchrun started; a world of one without torchrun, where a dry run pretends others.
+    With ``run.checkpoint_dir`` the job saves as it goes; started again, it goes on from there, on any layout, or says
+    that it is finished.
 
     Args:
         config: What to do.
@@ -47,11 +49,17 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
             found it raises what it found, the others `RankFailure`.
         Preempted: a signal asked for it, and everything is saved.
     """
+    if config.run.steps == 0:
+        with _quiet_megatron():
+            planned = dry_run(config)
+        if planned is not None:
+            render_dry_run(planned, console)
+        return None
     timeout = timedelta(minutes=config.run.timeout_minutes)
     device = local_device(config.run.device)
     with _quiet_megatron(), parallel_world(config.parallel, device, timeout):
         source = agree("checking the job", lambda: check_job(config))
-        if config.run.checkpoint_dir is None or config.run.steps == 0:
+        if config.run.checkpoint_dir is None:
             return _run(config, source, device, console, None)
         with Checkpointer(_checkpoint_plan(config, config.run.checkpoint_dir), console) as checkpoints:
             return _run(config, source, device, console, checkpoints)
@@ -72,12 +80,8 @@ def _run(
         agree("checking the output", lambda: check_output(config))
         snapshot = checkpoints.find(inputs.identity)
     chunks = agree("loading the model", lambda: _load_model(config, inputs, device))
-    if config.run.steps != 0:
-        agree("checking the scores", lambda: check_iterations(requests, inputs.total_steps))
+    agree("checking the scores", lambda: check_iterations(requests, inputs.total_steps))
     with ScoringRun(MegatronModelView(chunks), requests, inputs.metadata(config)) as run:
-        if config.run.steps == 0:
-            render_sites(run, console)
-            return None
         if snapshot is not None:
             run.restore(snapshot.states, snapshot.step)
         if checkpoints is not None:
@@ -100,6 +104,8 @@ def _quiet_megatron() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning)
+        # The router's type is the model's own.
+        warnings.filterwarnings("ignore", message="Using a large number of experts", category=UserWarning)
         yield
 
 
@@ -107,8 +113,7 @@ def _load_model(config: JobConfig, inputs: JobInputs, device: torch.device) -> l
     dtype = getattr(torch, config.model.dtype)
     chunks = inputs.source.build(config.parallel, dtype, device, config.data.sequence_length)
     inputs.source.check_tokens(chunks, int(inputs.samples.tokens.max()))
-    if config.run.steps != 0:
-        inputs.source.load(chunks)
+    inputs.source.load(chunks)
     return chunks
 
 

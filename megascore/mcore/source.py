@@ -70,7 +70,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model as the config names it: called in this order, `check`, `build`, `load`; a dry run leaves out the last."""
+    """A model as the config names it: called in this order, `check`, `build`, `load`; a dry run only builds."""
 
     builder: Builder
     weights: Weights

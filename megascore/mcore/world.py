@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from math import lcm
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from megascore.mcore.cpu import cpu_stand_in
 from megascore.parallel.rendezvous import store_of_environment
 from megascore.scoring.config import ParallelConfig
 
-__all__ = ["check_world_size", "local_device", "parallel_world"]
+__all__ = ["check_world_size", "intended_world_size", "is_alone", "local_device", "parallel_world"]
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,12 +46,31 @@ def local_device(choice: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def is_alone() -> bool:
+    """Whether this process was started by itself: there is no world of more than one, and none waits to be joined."""
+    return not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def intended_world_size(parallel: ParallelConfig) -> int:
+    """Return how many processes the job is meant for: ``parallel.processes``, else the fewest that the layout takes."""
+    if parallel.processes is not None:
+        return parallel.processes
+    dense = parallel.tensor * parallel.pipeline * parallel.context
+    return lcm(dense, parallel.expert * parallel.expert_tensor * parallel.pipeline)
+
+
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     """Check that the layout fills the world.
 
     Raises:
-        LayoutError: the number of processes is not a multiple of the product of the axes.
+        LayoutError: the number of processes is not the one that the job is meant for, or not a multiple of the product
+            of the axes.
     """
+    if parallel.processes not in (None, world_size):
+        raise LayoutError(
+            f"parallel.processes={parallel.processes}, but the world has {world_size}: start {parallel.processes} "
+            "processes (torchrun --nproc-per-node), or set parallel.processes to the number you start, or to null."
+        )
     axes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
     _check_multiple(axes, world_size)
     experts = {"expert_tensor": parallel.expert_tensor, "expert": parallel.expert, "pipeline": parallel.pipeline}
@@ -78,7 +98,7 @@ def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: time
     """Join the ranks of this run, with Megatron's process groups, for the time of the context.
 
     Uses torch.distributed as it is where it is initialised already; otherwise joins the world that torchrun describes,
-    or makes a world of one. On the CPU, `cpu_stand_in` holds inside. Collective over all ranks.
+    or makes a world of one. Without CUDA, `cpu_stand_in` holds inside. Collective over all ranks.
 
     Args:
         parallel: Degrees of the axes.
@@ -86,14 +106,14 @@ def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: time
         timeout: How long a rank waits for the others.
 
     Raises:
-        LayoutError: the world size is not a multiple of the layout, or Megatron's groups exist already.
+        LayoutError: the world does not fit the layout, or Megatron's groups exist already.
     """
     if parallel_state.model_parallel_is_initialized():
         raise LayoutError(
             "Megatron's parallel groups exist already in this process: leave the other parallel_world first, "
             "or use megascore.attach on the model that was built in it."
         )
-    with cpu_stand_in() if device.type == "cpu" else nullcontext(), _distributed(device, timeout):
+    with nullcontext() if device.type == "cuda" else cpu_stand_in(device), _distributed(device, timeout):
         check_world_size(parallel, dist.get_world_size())
         try:
             _make_groups(parallel, timeout)

@@ -13,7 +13,7 @@ from megascore.hooks.statistics import Statistic
 from megascore.parallel.axes import Placement, in_own_dtype
 from megascore.parallel.comm import gather_objects, sum_in_place
 
-__all__ = ["Part", "Plan", "agree_on_plan", "contributions", "merge_over_world"]
+__all__ = ["Part", "Plan", "agree_on_plan", "contributions", "merge_over_world", "union_of_plans"]
 
 Plan = Mapping[str, tuple[Statistic, ...]]
 """The statistics, in global terms, of every place in the world by its name: the same mapping on every rank."""
@@ -37,9 +37,18 @@ def agree_on_plan(own: Mapping[str, tuple[Statistic, ...]]) -> Plan:
     Raises:
         LayoutError: on every rank, where two ranks declare other statistics for one place.
     """
+    return union_of_plans(dict(enumerate(gather_objects(dict(own)))))
+
+
+def union_of_plans(plans: Mapping[int, Plan]) -> Plan:
+    """Return the union of the places of all ranks, given by rank, sorted by name. Pure.
+
+    Raises:
+        LayoutError: two ranks declare other statistics for one place.
+    """
     plan: dict[str, tuple[Statistic, ...]] = {}
     owners: dict[str, int] = {}
-    for rank, declared in enumerate(gather_objects(dict(own))):
+    for rank, declared in plans.items():
         for name, statistics in declared.items():
             if plan.setdefault(name, statistics) != statistics:
                 raise LayoutError(

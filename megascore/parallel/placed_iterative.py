@@ -86,7 +86,7 @@ class PlacedIterativeHook(PlacedHook, IterativeChannelContributionHook):
 
     def _num_pruned_here(self, pruned: Tensor) -> int:
         # Asks the device, but only at the end of an iteration that pruned.
-        return int(pruned.sum())
+        return int(pruned.sum()) if self._num_pruned() else 0
 
     def _axes(self, role: Role) -> tuple[Axis, ...]:
         return () if self._placement is None else self._placement.axes(role)

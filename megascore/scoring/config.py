@@ -117,6 +117,9 @@ class ParallelConfig:
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    processes: int | None = None
+    """Processes that the job is meant for, over all machines: any other number is refused. null takes those that are
+    started, and for a dry run in one process the fewest that fit."""
 
     def __post_init__(self) -> None:
         """Check the axes against each other.
@@ -126,6 +129,8 @@ class ParallelConfig:
         """
         for axis in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
             _require_at_least(f"parallel.{axis}", getattr(self, axis), 1)
+        if self.processes is not None:
+            _require_at_least("parallel.processes", self.processes, 1)
         if self.sequence and self.tensor == 1:
             raise ConfigError("parallel.sequence=true needs parallel.tensor larger than 1; it is 1.")
         if self.virtual_pipeline > 1 and self.pipeline == 1:

@@ -1,31 +1,29 @@
-"""What a run would measure, before any data is read: every site with its channels, its roles and its ranks."""
+"""What a run would measure, keep and send, known before any data is read and any weight is there."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
+from megascore.hooks import ForwardHook
 from megascore.parallel.axes import describe
-from megascore.parallel.comm import gather_objects, world_rank
-from megascore.scoring.places import KIND_OF_TARGET
-from megascore.scoring.run import ScoringRun
-from megascore.scoring.sites import Site
+from megascore.parallel.merge import Plan, union_of_plans
+from megascore.parallel.placed_hook import PlacedHook
+from megascore.scoring.places import KIND_OF_TARGET, ModelView
+from megascore.scoring.recipes import ScoreRequest
+from megascore.scoring.score_file import split_key
+from megascore.scoring.sites import Site, build_sites, requests_present_in
 
-__all__ = ["SiteLine", "list_sites", "list_without_hook", "render_sites"]
+__all__ = ["DryRun", "RankGroup", "RankPlan", "SiteLine", "group_ranks", "plan_of_rank", "samples_of_step"]
 
-TABLE_WIDTH = 140
 FLOAT64_BYTES = 8
-LEGEND = (
-    "Roles: shard = channels split; sum = samples split; sum* = sequences split; same = replicated; own = other layers",
-    "live there. Channels, state (memory) and sent (by a step, for one sample) are those of one rank.",
-    "A dry run reads no weights and writes no file.",
-)
+"""Of each number in what ranks send each other."""
 
 
 @dataclass(frozen=True, order=True)
@@ -33,89 +31,176 @@ class SiteLine:
     """One site as one rank sees it."""
 
     key: str
-    kind: str
     num_channels: int
     roles: str
     num_local_channels: int
-    state_bytes: int
+    kept_bytes: int
+    """Kept by the hook on this rank: its accumulators, and what it has made of its weights."""
+    waiting_bytes: int
+    """Kept beside that until a step ends."""
     step_bytes: int
-    """Sent by a step, for one sample on a rank."""
+    """Given to the all-reduces of a step."""
+    sample_bytes: int
+    """The same for a step of one sample on a rank."""
+    finish_bytes: int
+    """Given to the two all-reduces at the end, by every rank."""
 
 
-def list_sites(sites: Sequence[Site]) -> dict[SiteLine, list[int]]:
-    """Return all sites of the world with the ranks that have them. Collective over the world."""
-    ranks: dict[SiteLine, list[int]] = defaultdict(list)
-    for rank, lines in enumerate(gather_objects([_line(site) for site in sites])):
-        for line in lines:
-            ranks[line].append(rank)
-    return dict(ranks)
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank would do; equal on ranks that have the same part of the model."""
+
+    sites: tuple[SiteLine, ...]
+    statistics: Plan
+    """In global terms, for the sites of this rank."""
+    weight_bytes: Mapping[str, int]
+    """By data type."""
+    unscored: Mapping[str, str]
+    """Kind of each place that no score is taken at, by name."""
+    unknown: tuple[str, ...]
+    """Modules that are not known."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of all hooks."""
+        return sum(line.kept_bytes for line in self.sites)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Memory of all hooks for what waits for the end of a step."""
+        return sum(line.waiting_bytes for line in self.sites)
+
+    @property
+    def step_bytes(self) -> int:
+        """Sent by a step."""
+        return sum(line.step_bytes for line in self.sites)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Sent by a step of one sample."""
+        return sum(line.sample_bytes for line in self.sites)
 
 
-def render_sites(run: ScoringRun, console: Console) -> None:
-    """Show on rank 0 what a run would measure. Collective over the world."""
-    lines = list_sites(run.sites)
-    without_hook = list_without_hook(run)
-    if world_rank() != 0:
-        return
-    layout = ", ".join(f"{name}={value}" for name, value in run.view.layout.items())
-    table = Table(title=f"{len({line.key for line in lines})} sites; layout {layout}", title_justify="left", box=SIMPLE)
-    for heading in ("site / target / method", "channels here", "roles", "ranks", "state here", "sent here"):
-        table.add_column(heading, no_wrap=True, justify="right" if "here" in heading else "left")
-    for line, ranks in lines.items():
-        sizes = _kibibytes(line.state_bytes), _kibibytes(line.step_bytes)
-        channels = f"{line.num_local_channels} of {line.num_channels}"
-        table.add_row(line.key, channels, line.roles, _spans(ranks), *sizes)
-    # Names are worth more than the width of the window.
-    Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table)
-    for text in without_hook:
-        console.print(f"No hook: {text}", highlight=False, soft_wrap=True)
-    for text in (*LEGEND, *_totals(lines)):
-        console.print(text, highlight=False, soft_wrap=True)
+@dataclass(frozen=True)
+class RankGroup:
+    """Ranks that have the same plan."""
+
+    ranks: tuple[int, ...]
+    plan: RankPlan
 
 
-def _totals(lines: Mapping[SiteLine, Sequence[int]]) -> list[str]:
-    """Return one line for each group of ranks that have the same sums."""
-    by_rank: dict[int, tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
-    for line, ranks in lines.items():
-        for rank in ranks:
-            sites, state, step = by_rank[rank]
-            by_rank[rank] = (sites + 1, state + line.state_bytes, step + line.step_bytes)
-    ranks_of: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for rank in sorted(by_rank):
-        ranks_of[by_rank[rank]].append(rank)
-    return [
-        f"Ranks {_spans(ranks)}: {sites} sites, {_kibibytes(state)} of state, a step sends {_kibibytes(step)} a sample."
-        for (sites, state, step), ranks in ranks_of.items()
-    ]
+@dataclass(frozen=True)
+class DryRun:
+    """A run as it is planned on all ranks."""
+
+    groups: tuple[RankGroup, ...]
+    layout: Mapping[str, Any]
+    samples_of_step: int
+    """That a rank runs in one step, at most."""
+    pretended: bool
+    """True where one process has been each rank in turn."""
+    problems: Sequence[str] = field(default=())
+    """What stands in the way of the run itself."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the world."""
+        return sum(len(group.ranks) for group in self.groups)
+
+    @cached_property
+    def sites(self) -> Mapping[SiteLine, Sequence[int]]:
+        """All sites of the world with the ranks that have them."""
+        ranks: dict[SiteLine, list[int]] = defaultdict(list)
+        for group in self.groups:
+            for line in group.plan.sites:
+                ranks[line].extend(group.ranks)
+        return {line: sorted(numbers) for line, numbers in ranks.items()}
+
+    @property
+    def finish_bytes(self) -> int:
+        """Sent by every rank at the end: the statistics and scores of all sites of the world, in global terms."""
+        return sum({line.key: line.finish_bytes for line in self.sites}.values())
+
+    def plan_of(self, rank: int) -> RankPlan:
+        """Return the plan of one rank."""
+        return next(group.plan for group in self.groups if rank in group.ranks)
+
+    def check(self, requests: Sequence[ScoreRequest]) -> None:
+        """Check what only all ranks together can tell. Not collective.
+
+        Raises:
+            LayoutError: ranks disagree about a site.
+            ModelError: a target matches nothing on any rank.
+        """
+        plans = {group.ranks[0]: group.plan.statistics for group in self.groups}
+        requests_present_in({KIND_OF_TARGET[split_key(key).target] for key in union_of_plans(plans)}, requests)
 
 
-def list_without_hook(run: ScoringRun) -> list[str]:
-    """Return what could be pruned, but no score of this run is taken there. Collective over the world."""
-    scored = {KIND_OF_TARGET[request.target] for request in run.requests}
-    own = {place.name: place.kind.value for place in run.view.places if place.kind not in scored}
-    names: dict[str, set[str]] = defaultdict(set)
-    unknown: set[str] = set()
-    for places, found in gather_objects((own, list(run.view.unknown))):
-        unknown.update(found)
-        for name, kind in places.items():
-            names[kind].add(name)
-    known = [f"{len(where)} x {kind}: not in 'scores'" for kind, where in sorted(names.items())]
-    return known + [f"{name}: not a module that megascore knows" for name in sorted(unknown)]
+def samples_of_step(view: ModelView, global_batch_size: int) -> int:
+    """Return how many samples a rank runs in a step, at most."""
+    return -(-global_batch_size // int(view.layout["data"]))
 
 
-def _line(site: Site) -> SiteLine:
+def plan_of_rank(view: ModelView, requests: Sequence[ScoreRequest], num_samples: int) -> RankPlan:
+    """Build the hooks of this rank and say what they need; after `check_places`.
+
+    Collective where building hooks is (see `build_sites`).
+
+    Args:
+        view: The model; its weights may have no values.
+        requests: What to score.
+        num_samples: Samples of a step on this rank.
+    """
+    sites = build_sites(view, requests)
+    scored = {KIND_OF_TARGET[request.target] for request in requests}
+    return RankPlan(
+        sites=tuple(_line(site, num_samples) for site in sites),
+        statistics={site.key: site.statistics for site in sites},
+        weight_bytes=_weight_bytes(view),
+        unscored={place.name: place.kind.value for place in view.places if place.kind not in scored},
+        unknown=tuple(view.unknown),
+    )
+
+
+def group_ranks(plans: Sequence[RankPlan]) -> tuple[RankGroup, ...]:
+    """Group the plans of all ranks, given in rank order, by what is the same."""
+    groups: list[tuple[RankPlan, list[int]]] = []
+    for rank, plan in enumerate(plans):
+        same = next((ranks for other, ranks in groups if other == plan), None)
+        if same is None:
+            groups.append((plan, [rank]))
+        else:
+            same.append(rank)
+    return tuple(RankGroup(tuple(ranks), plan) for plan, ranks in groups)
+
+
+def _line(site: Site, num_samples: int) -> SiteLine:
     shard = site.place.placement.shard
-    state_bytes = sum(tensor.nbytes for tensor in site.hook.state.values())
-    step_bytes = site.hook.pending_numbers(1) * FLOAT64_BYTES
-    kind, roles = site.place.kind.value, describe(site.place.placement)
-    return SiteLine(site.key, kind, shard.total, roles, shard.length, state_bytes, step_bytes)
+    merged = (*site.statistics, site.score_statistic)
+    waiting, of_sample = (site.hook.pending_numbers(number) * FLOAT64_BYTES for number in (num_samples, 1))
+    # The same numbers go to one all-reduce for each axis.
+    num_groups = len(site.hook.settling_groups) if isinstance(site.hook, PlacedHook) else 0
+    return SiteLine(
+        site.key,
+        shard.total,
+        describe(site.place.placement),
+        shard.length,
+        kept_bytes=_kept_bytes(site.hook),
+        waiting_bytes=waiting,
+        step_bytes=waiting * num_groups,
+        sample_bytes=of_sample * num_groups,
+        finish_bytes=sum(prod(statistic.shape) for statistic in merged) * FLOAT64_BYTES,
+    )
 
 
-def _kibibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1024:.1f} KiB" if num_bytes else "-"
+def _kept_bytes(hook: ForwardHook) -> int:
+    kept = [value for value in (*hook.state.values(), *vars(hook).values()) if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in kept}.values())
 
 
-def _spans(ranks: Sequence[int]) -> str:
-    """Return numbers as spans: 0-2,5."""
-    runs = [[rank for _, rank in group] for _, group in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+def _weight_bytes(view: ModelView) -> dict[str, int]:
+    num_bytes: dict[str, int] = defaultdict(int)
+    parameters = {id(parameter): parameter for module in view.modules for parameter in module.parameters()}
+    for parameter in parameters.values():
+        num_bytes[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
+    return dict(num_bytes)

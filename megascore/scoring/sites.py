@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,10 +11,19 @@ from megascore.errors import LayoutError, ModelError
 from megascore.hooks import ForwardHook, Merge, State, Statistic
 from megascore.parallel.comm import gather_objects, world_size
 from megascore.parallel.merge import Part, Plan, agree_on_plan
-from megascore.scoring.places import KIND_OF_TARGET, ModelView, Place, check_covers_world
+from megascore.scoring.places import KIND_OF_TARGET, ModelView, Place, PlaceKind, check_covers_world
 from megascore.scoring.recipes import ScoreRequest
 
-__all__ = ["SCORE", "Site", "build_sites", "check_places", "plan_of_scores", "plan_of_states", "present_requests"]
+__all__ = [
+    "SCORE",
+    "Site",
+    "build_sites",
+    "check_places",
+    "plan_of_scores",
+    "plan_of_states",
+    "present_requests",
+    "requests_present_in",
+]
 
 SCORE = "score"
 """Name of the one result of a site that goes into the score file."""
@@ -100,6 +109,17 @@ def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple
         ModelError: on every rank, where no rank has a place for another one.
     """
     found = {kind for kinds in gather_objects({place.kind for place in view.places}) for kind in kinds}
+    return requests_present_in(found, requests)
+
+
+def requests_present_in(found: Collection[PlaceKind], requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:
+    """Return the requests that are for one of the kinds of places in a model, and complain of others that must be.
+
+    Not collective.
+
+    Raises:
+        ModelError: a request is for none of them, and may not be left out.
+    """
     present = []
     for request in requests:
         if KIND_OF_TARGET[request.target] in found:

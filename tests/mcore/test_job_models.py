@@ -132,7 +132,7 @@ def test_a_checkpoint_alone_has_no_tokenizer_for_text(text: Path, tmp_path: Path
     output = tmp_path / "run" / "scores.safetensors"
     overrides = (f"model.load={tmp_path / 'ck'}", "model.hf=null", "parallel.tensor=2")
     told = world.run(2, run_on_rank, model, text, output, *overrides)
-    assert "ConfigError: the text needs the model's tokenizer" in told[0]
+    assert "ConfigError: data.tokenizer is not given" in told[0]
     assert told[1].startswith("RankFailure")
 
 
