@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megascore.mcore.triton_stand_in import triton_stand_in
+from megascore.mcore.without_triton import triton_stand_in
 
 __all__ = [
     "MegatronBlockSimilarityHook",
