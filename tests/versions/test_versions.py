@@ -49,12 +49,15 @@ def download(version: str, folder: Path) -> Path:
     """Return a folder with the newest ``version`` of Megatron-Core alone, to be put on the path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     options = ["--only-binary", ":all:", "--python-version", "3.12", "--dest", str(folder)]
-    result = subprocess.run(
-        [*command, *options, "--retries", "0", "--timeout", "10", f"megatron-core=={version}.*"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    try:
+        result = subprocess.run(
+            [*command, *options, "--retries", "0", "--timeout", "10", f"megatron-core=={version}.*"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"megatron-core {version} can't be downloaded here: no answer in time")
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
