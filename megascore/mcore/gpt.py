@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascore.errors import LayoutError, ModelError
 from megascore.mcore.architecture import Architecture
+from megascore.mcore.empty_layers import on_device
 from megascore.mcore.layout import check_divisible, layers_of_chunks
 from megascore.mcore.spec import block_spec, uses_grouped_experts
 from megascore.scoring.config import ParallelConfig
@@ -25,6 +28,8 @@ def build_gpt(
     dtype: torch.dtype,
     device: torch.device,
     max_sequence_length: int,
+    *,
+    empty_layers: bool = False,
 ) -> list[GPTModel]:
     """Build the part of a model that this rank has; its weights are not initialised.
 
@@ -36,6 +41,7 @@ def build_gpt(
         dtype: Of weights and activations; float64 holds throughout on the CPU.
         device: Device of this rank.
         max_sequence_length: Longest sequence that will be run.
+        empty_layers: Leave the weights of decoder layers on the meta device: they take no memory until they come.
 
     Returns:
         The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining.
@@ -51,18 +57,19 @@ def build_gpt(
             "(max_position_embeddings): choose a shorter one."
         )
     config = _transformer_config(model, parallel, dtype, device, max_sequence_length)
-    chunks = [_build_chunk(model, config, parallel, device, chunk) for chunk in range(parallel.virtual_pipeline)]
-    return [chunk.to(device).eval() for chunk in chunks]
+    spec = partial(block_spec, config, device, empty_layers=empty_layers)
+    chunks = [_build_chunk(model, config, parallel, spec, chunk) for chunk in range(parallel.virtual_pipeline)]
+    return [on_device(chunk, device).eval() for chunk in chunks]
 
 
 def _build_chunk(
-    model: Architecture, config: TransformerConfig, parallel: ParallelConfig, device: torch.device, chunk: int
+    model: Architecture, config: TransformerConfig, parallel: ParallelConfig, spec: Callable[..., Any], chunk: int
 ) -> GPTModel:
     stage = parallel_state.get_pipeline_model_parallel_rank()
     vp_stage = chunk if parallel.virtual_pipeline > 1 else None
     return GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, device, vp_stage),
+        transformer_layer_spec=spec(vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_positions,
         pre_process=stage == 0 and chunk == 0,

@@ -131,6 +131,8 @@ def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[Score
             "steps": total,
             "global_batch_size": config.run.global_batch_size,
             "loss": config.run.loss,
+            # The same scores, but half of them after half of the run: one can't go on where the other stopped.
+            "blockwise": config.run.blockwise,
         },
         scores=[{"target": r.target, "method": r.method, **dict(r.options)} for r in requests],
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from megascore.mcore.blockwise import run_blockwise
 from megascore.mcore.dry_run import dry_run
 from megascore.mcore.inputs import JobInputs, check_job, check_output, finished_scores, read_inputs
 from megascore.mcore.source import ModelSource
@@ -79,6 +80,9 @@ def _run(
             return finished
         agree("checking the output", lambda: check_output(config))
         snapshot = checkpoints.find(inputs.identity)
+    if config.run.blockwise:
+        scores = run_blockwise(config, inputs, requests, device, console, checkpoints, snapshot)
+        return _write(config, scores, console, checkpoints)
     chunks = agree("loading the model", lambda: _load_model(config, inputs, device))
     agree("checking the scores", lambda: check_iterations(requests, inputs.total_steps))
     with ScoringRun(MegatronModelView(chunks), requests, inputs.metadata(config)) as run:
@@ -88,7 +92,10 @@ def _run(
             facts = {"output": config.run.output, "layout": dict(run.view.layout)}
             checkpoints.begin(inputs.total_steps, snapshot, facts)
         loss = run_steps(config, run, chunks, inputs.samples, inputs.total_steps, console, checkpoints, snapshot)
-    scores = run.finish({"loss": loss})
+    return _write(config, run.finish({"loss": loss}), console, checkpoints)
+
+
+def _write(config: JobConfig, scores: Scores, console: Console, checkpoints: Checkpointer | None) -> Scores:
     agree("writing the score file", lambda: scores.save(config.run.output, overwrite=config.run.overwrite))
     if checkpoints is not None:
         checkpoints.finish()

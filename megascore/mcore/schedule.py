@@ -14,12 +14,21 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megascore.mcore.context_parallel import local_positions
 from megascore.scoring.run import ScoringRun
 
-__all__ = ["LossSums", "forward_only", "token_losses"]
+__all__ = [
+    "LossSums",
+    "MicroBatch",
+    "empty_hidden_states",
+    "forward_only",
+    "forward_step",
+    "output_layers",
+    "token_losses",
+]
 
 MicroBatch = tuple[Tensor, "Tensor | None"]
 """Token numbers [B, S] int64, and which of them count, [B, S] bool; None: all."""
@@ -65,7 +74,7 @@ def forward_only(
     nats, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     all_counted: Sequence[Tensor | None] = [None] * len(micro_batches)
     given: list[MicroBatch] = list(zip(micro_batches, all_counted if masks is None else masks, strict=True))
-    with _output_layers(model_chunks, run=compute_loss):
+    with output_layers(model_chunks, run=compute_loss):
         for _, group in groupby(given, key=lambda micro_batch: micro_batch[0].shape):
             for losses in _run_group(model_chunks, list(group), device, compute_loss, run):
                 nats += losses.nats
@@ -81,16 +90,16 @@ def _run_group(
     run: ScoringRun | None,
 ) -> list[LossSums]:
     """Losses of micro-batches of one shape; empty where the loss is off or not at hand."""
-    forward_step = partial(_forward_step, device=device, compute_loss=compute_loss, run=run)
+    step = partial(forward_step, device=device, compute_loss=compute_loss, run=run)
     num_stages = parallel_state.get_pipeline_model_parallel_world_size()
     if len(model_chunks) > 1 and len(micro_batches) < num_stages:
-        return _run_rounds(model_chunks, micro_batches, device, forward_step)
+        return _run_rounds(model_chunks, micro_batches, device, step)
     if len(model_chunks) > 1:
         # One group for all of them: Megatron refuses remainders smaller than the pipeline.
         model_chunks[0].config.microbatch_group_size_per_vp_stage = len(micro_batches)
     batch_size, sequence_length = micro_batches[0][0].shape
     results = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=step,
         data_iterator=[iter(micro_batches) for _ in model_chunks],
         model=list(model_chunks),
         num_microbatches=len(micro_batches),
@@ -103,7 +112,7 @@ def _run_group(
 
 
 def _run_rounds(
-    model_chunks: Sequence[GPTModel], micro_batches: list[MicroBatch], device: torch.device, forward_step: ForwardStep
+    model_chunks: Sequence[GPTModel], micro_batches: list[MicroBatch], device: torch.device, step: ForwardStep
 ) -> list[LossSums]:
     """What Megatron's interleaved schedule refuses: fewer micro-batches than stages.
 
@@ -119,16 +128,10 @@ def _run_rounds(
     for number, chunk in enumerate(model_chunks):
         for tokens, mask in micro_batches:
             if not chunk.pre_process:
-                batch_size, length = tokens.shape
-                local_length = length // config.context_parallel_size
-                if config.sequence_parallel:
-                    local_length //= config.tensor_model_parallel_size
-                received = torch.empty(
-                    local_length, batch_size, config.hidden_size, dtype=config.pipeline_dtype, device=device
-                )
+                received = empty_hidden_states(config, tokens.shape, device)
                 dist.recv(received, src=previous_rank, group=group)
                 chunk.set_input_tensor(received)
-            output, losses_of = forward_step(iter([(tokens, mask)]), chunk)
+            output, losses_of = step(iter([(tokens, mask)]), chunk)
             if is_last_stage and number == len(model_chunks) - 1:
                 losses = losses_of(output, non_loss_data=True)
                 results.extend([] if losses is None else [losses])
@@ -137,7 +140,16 @@ def _run_rounds(
     return results
 
 
-def _forward_step(
+def empty_hidden_states(config: TransformerConfig, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return room for what one stage hands to the next, for micro-batches of ``shape`` [B, S] tokens."""
+    batch_size, length = shape
+    length //= config.context_parallel_size
+    if config.sequence_parallel:
+        length //= config.tensor_model_parallel_size
+    return torch.empty(length, batch_size, config.hidden_size, dtype=config.pipeline_dtype, device=device)
+
+
+def forward_step(
     micro_batches: Iterator[MicroBatch],
     model: GPTModel,
     *,
@@ -145,6 +157,13 @@ def _forward_step(
     compute_loss: bool,
     run: ScoringRun | None,
 ) -> tuple[Tensor, Any]:
+    """Run the next micro-batch through one chunk, as Megatron's schedules call it.
+
+    Collective over the ranks that share the chunk.
+
+    Returns:
+        What the chunk returns, and a function that makes `LossSums` of it where it is logits.
+    """
     tokens, mask = next(micro_batches)
     tokens = tokens.to(device)
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
@@ -158,14 +177,16 @@ def _forward_step(
         assert non_loss_data
         if not compute_loss:
             return None
-        length = tokens.shape[1]
-        has_next = positions < length - 1
-        nats = token_losses(logits[:, has_next], tokens[:, positions[has_next] + 1])
+        # The last token of a sequence, the last one of the first context-parallel rank, has none after it to predict.
+        # Found without asking the device, on which nothing waits here.
+        num_predicting = len(positions) - (cp_rank == 0)
+        following = positions[:num_predicting] + 1
+        nats = token_losses(logits[:, :num_predicting], tokens[:, following])
         if mask is None:
             return LossSums(nats.sum(dtype=torch.float64), nats.numel())
-        # Found where the mask is, so that nothing waits for the device.
-        following = local_positions(length, cp_rank, cp_size, mask.device) + 1
-        counted = mask[:, following[following < length]]
+        # The mask is in host memory, and so are its indices.
+        own_positions = local_positions(tokens.shape[1], cp_rank, cp_size, mask.device)
+        counted = mask[:, own_positions[:num_predicting] + 1]
         nats = nats.where(counted.to(device), 0.0)
         return LossSums(nats.sum(dtype=torch.float64), int(counted.sum()))
 
@@ -198,7 +219,7 @@ def token_losses(local_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _output_layers(model_chunks: Sequence[GPTModel], *, run: bool) -> Iterator[None]:
+def output_layers(model_chunks: Sequence[GPTModel], *, run: bool) -> Iterator[None]:
     """Where they are not to run, a chunk returns its final hidden states, as chunks without an output layer do."""
     having = [chunk for chunk in model_chunks if chunk.post_process and not run]
     for chunk in having:

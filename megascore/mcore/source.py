@@ -30,7 +30,7 @@ from megascore.mcore.source_provider import ProviderBuilder, ProviderWeights
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from megascore.scoring.fingerprint import weights_fingerprint
 
-__all__ = ["Builder", "ModelSource", "Weights", "model_source"]
+__all__ = ["Builder", "HuggingFaceModel", "ModelSource", "Weights", "model_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,15 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
+class HuggingFaceModel:
+    """A model that megascore itself knows to build and to load from Hugging Face's files."""
+
+    architecture: Architecture
+    config: HuggingFaceModelConfig
+    directory: str
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A model as the config names it: called in this order, `check`, `build`, `load`; a dry run only builds."""
 
@@ -76,6 +85,8 @@ class ModelSource:
     weights: Weights
     tokenizer: str | None
     """Hugging Face directory that has the model's own tokenizer; None where there is none."""
+    layer_by_layer: HuggingFaceModel | None = None
+    """Where weights can be read one layer at a time."""
 
     @property
     def name(self) -> str:
@@ -180,7 +191,9 @@ def _from_hugging_face(directory: str, checkpoint: MegatronCheckpoint | None) ->
         return ModelSource(builder, weights, directory)
     architecture = architecture_of(config)
     if checkpoint is None:
-        return ModelSource(_ArchitectureBuilder(name, architecture), _HuggingFaceWeights(config, directory), directory)
+        whole = HuggingFaceModel(architecture, config, directory)
+        weights = _HuggingFaceWeights(config, directory)
+        return ModelSource(_ArchitectureBuilder(name, architecture), weights, directory, whole)
     return ModelSource(
         _ArchitectureBuilder(name, checkpoint.with_its_vocabulary(architecture)),
         _MegatronWeights(checkpoint),

@@ -19,7 +19,7 @@ from megascore.scoring.progress import ScoringProgress
 from megascore.scoring.run import ScoringRun
 from megascore.scoring.snapshot import Snapshot
 
-__all__ = ["run_steps"]
+__all__ = ["LossTotal", "progress_entries", "run_steps", "slices_of_step"]
 
 
 def run_steps(
@@ -58,7 +58,7 @@ def run_steps(
     ) as progress:
         for step in range(start, total + 1):
             if checkpoints is not None:
-                entries = _progress_entries(progress, samples.num_tokens(slice(step * batch_size)))
+                entries = progress_entries(progress, samples.num_tokens(slice(step * batch_size)))
                 checkpoints.between_steps(run, {"step": step}, loss.sums, is_last=step == total, progress=entries)
             if step == total:
                 break
@@ -108,7 +108,15 @@ def _run_step(
     config: JobConfig, step: int, run: ScoringRun, chunks: Sequence[GPTModel], samples: Samples, loss: LossTotal
 ) -> None:
     device = next(chunks[0].parameters()).device
-    slices = micro_batches_of_step(
+    slices = slices_of_step(config, step, samples)
+    micro_batches = [samples.tokens[part].to(device) for part in slices]
+    losses = forward_only(chunks, micro_batches, config.run.loss, samples.masks_of(slices), run)
+    loss.add(losses.nats, losses.num_tokens)
+
+
+def slices_of_step(config: JobConfig, step: int, samples: Samples) -> list[slice]:
+    """Return this rank's micro-batches of a step, as slices of the samples."""
+    return micro_batches_of_step(
         step,
         len(samples.tokens),
         config.run.global_batch_size,
@@ -116,12 +124,10 @@ def _run_step(
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
-    micro_batches = [samples.tokens[part].to(device) for part in slices]
-    losses = forward_only(chunks, micro_batches, config.run.loss, samples.masks_of(slices), run)
-    loss.add(losses.nats, losses.num_tokens)
 
 
-def _progress_entries(progress: ScoringProgress, tokens: int) -> dict[str, float | int | None]:
+def progress_entries(progress: ScoringProgress, tokens: int) -> dict[str, float | int | None]:
+    """Return what the progress file says of the pace, and of the tokens so far."""
     rate, left = progress.tokens_per_second, progress.seconds_left
     return {
         "tokens": tokens,

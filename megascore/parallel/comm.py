@@ -17,6 +17,7 @@ __all__ = [
     "agree",
     "broadcast_object",
     "broadcast_tensor",
+    "collective_device",
     "gather_objects",
     "max_over_world",
     "sum_in_place",
@@ -70,7 +71,7 @@ def max_over_world(values: Sequence[int]) -> list[int]:
     """Return the largest of each value over all ranks. Collective over the world: one small all-reduce."""
     if world_size() == 1:
         return list(values)
-    on_device = torch.tensor(values, dtype=torch.int64, device=_collective_device())
+    on_device = torch.tensor(values, dtype=torch.int64, device=collective_device())
     dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
     return [int(value) for value in on_device.tolist()]
 
@@ -96,7 +97,7 @@ def broadcast_tensor(own: Tensor | None) -> Tensor:
     )
     if world_size() == 1:
         return whole
-    device = _collective_device()
+    device = collective_device()
     for piece in torch.split(whole.view(-1), max(1, PIECE_BYTES // whole.itemsize)):
         sent = piece.to(device)
         dist.broadcast(sent, src=0)
@@ -104,8 +105,10 @@ def broadcast_tensor(own: Tensor | None) -> Tensor:
     return whole
 
 
-def _collective_device() -> torch.device:
+def collective_device() -> torch.device:
     """Return where the tensors of a collective over the world must be: NCCL knows no host memory."""
+    if world_size() == 1:
+        return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megascore.capture.block_inputs import device_of, run_model
-from megascore.capture.feeds import BlockFeed, CachedFeed, FreshFeed
+from megascore.capture.cached_feed import CachedFeed
+from megascore.capture.feeds import BlockFeed, FreshFeed
 from megascore.capture.halt_after import HaltAfter
 from megascore.capture.nested import nested_leaves, nested_move_to
 from megascore.capture.stores import HostStore, TensorStore

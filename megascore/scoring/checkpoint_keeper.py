@@ -73,8 +73,8 @@ class CheckpointKeeper:
         """Begin the progress file."""
         self._status = StatusFile(self._plan.folder, total_steps, facts)
         last = self._open_folder.last_good()
-        entry = None if last is None or snapshot is None else {"file": last.name, "step": snapshot.step}
-        self.note({"step": 0 if snapshot is None else snapshot.step, "last_checkpoint": entry}, now=True)
+        entry = None if last is None or snapshot is None else {"file": last.name, **snapshot.cursor}
+        self.note({**({"step": 0} if snapshot is None else snapshot.cursor), "last_checkpoint": entry}, now=True)
 
     def note(self, entries: Mapping[str, Any], *, now: bool = False) -> None:
         """Put entries into the progress file; without ``now`` it is written once a second at most.
@@ -96,11 +96,11 @@ class CheckpointKeeper:
         Raises:
             CheckpointError: it can't be written; the last good one stands.
         """
-        what = f"writing the checkpoint of step {snapshot.step}"
+        what = f"writing the checkpoint of {snapshot.position}"
         data = snapshot.to_bytes()
         path = self._storage(what, lambda: self._open_folder.write(snapshot, data))
         took = seconds()
-        self._say(f"checkpoint of step {snapshot.step}: {path}, {len(data) / 1e6:,.1f} MB in {took:.2f} s")
+        self._say(f"checkpoint of {snapshot.position}: {path}, {len(data) / 1e6:,.1f} MB in {took:.2f} s")
         entry = {"file": path.name, **snapshot.cursor, "bytes": len(data), "seconds": round(took, 3)}
         self.note({"last_checkpoint": entry}, now=True)
 
@@ -132,7 +132,7 @@ class CheckpointKeeper:
             )
         for text in found.skipped:
             self._say(f"damaged checkpoint left out: {text}")
-        self._say(f"going on from {found.path}, step {found.snapshot.step}")
+        self._say(f"going on from {found.path}, {found.snapshot.position}")
         folder.trust(found)
         return found
 

@@ -10,17 +10,17 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from torch import Tensor
 
 from megascore.errors import CheckpointError, MegascoreError, Preempted, RankFailure
+from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, broadcast_object, max_over_world, world_rank
 from megascore.scoring.checkpoint_keeper import CheckpointKeeper, CheckpointPlan
-from megascore.scoring.run import ScoringRun
 from megascore.scoring.signals import Signals
-from megascore.scoring.snapshot import Snapshot
+from megascore.scoring.snapshot import Snapshot, describe_cursor
 from megascore.scoring.status import RunState
 
 __all__ = ["CheckpointPlan", "Checkpointer"]
@@ -29,6 +29,13 @@ Result = TypeVar("Result")
 
 SAVE_SHARE = 100
 """A checkpoint that the clock asks for comes after at least this many times what the last one took: 1 % of a run."""
+
+
+class HasStates(Protocol):
+    """What is saved."""
+
+    def merged_states(self) -> Mapping[str, State]:
+        """Return the statistics of all sites, in global terms. Collective over the world."""
 
 
 class Checkpointer:
@@ -54,6 +61,7 @@ class Checkpointer:
         self._note_error: CheckpointError | None = None
         self._identity: Mapping[str, Any] = {}
         self._saved_cursor: Mapping[str, int] = {}
+        self._total_steps = 1
         self._saved_at = clock()
         self._save_took = 0.0
 
@@ -120,11 +128,12 @@ class Checkpointer:
             facts: Entries for the progress file.
         """
         self._on_rank_0("beginning the progress file", lambda keeper: keeper.begin(total_steps, snapshot, facts))
+        self._total_steps = max(1, total_steps)
         self._saved_at = self._clock()
 
     def between_steps(
         self,
-        run: ScoringRun,
+        run: HasStates,
         cursor: Mapping[str, int],
         sums: Callable[[], Mapping[str, Tensor]] = dict,
         *,
@@ -137,7 +146,8 @@ class Checkpointer:
 
         Args:
             run: No step of it is under way.
-            cursor: How far the data has been used.
+            cursor: How far the data has been used. What the checkpoint is of, so in the midst of a block it stays that
+                of the block's beginning.
             sums: Collective; what else has to be saved, merged over all ranks.
             is_last: Nothing is left to be done, so there is nothing to stop.
             progress: Entries for the progress file, read on rank 0 only.
@@ -150,14 +160,14 @@ class Checkpointer:
         wishes = [int(self._signals.stop or 0), int(self._is_due(cursor)), int(self._note_error is not None)]
         stop, save, failed = max_over_world(wishes)
         if failed:
-            agree(f"telling the progress at step {cursor['step']}", self._raise_note_error)
+            agree(f"telling the progress at {describe_cursor(cursor)}", self._raise_note_error)
         stops = bool(stop) and not is_last
         if (save or stops) and dict(cursor) != self._saved_cursor and any(cursor.values()):
             self._save(run, cursor, sums)
         if stops:
             self._on_rank_0("ending the progress file", lambda keeper: keeper.end(RunState.STOPPED))
             raise Preempted(
-                f"stopped by {signal.Signals(stop).name} after step {cursor['step']}; everything is saved in "
+                f"stopped by {signal.Signals(stop).name} after {describe_cursor(cursor)}; everything is saved in "
                 f"{self._plan.folder}, and the same command goes on from there."
             )
 
@@ -172,16 +182,23 @@ class Checkpointer:
             return True
         if world_rank() != 0:
             return False
-        if self._plan.interval is not None and cursor["step"] % self._plan.interval == 0:
+        if self._plan.interval is not None and self._is_multiple(cursor, self._plan.interval):
             return True
         waited = self._clock() - self._saved_at
         return self._plan.seconds is not None and waited >= max(self._plan.seconds, SAVE_SHARE * self._save_took)
 
-    def _save(self, run: ScoringRun, cursor: Mapping[str, int], sums: Callable[[], Mapping[str, Tensor]]) -> None:
+    def _is_multiple(self, cursor: Mapping[str, int], interval: int) -> bool:
+        """Tell whether the steps so far are a multiple of the interval, or came past one in the last block."""
+        if "block" not in cursor:
+            return cursor["step"] % interval == 0
+        steps = cursor["block"] * self._total_steps
+        return steps // interval > (steps - self._total_steps) // interval
+
+    def _save(self, run: HasStates, cursor: Mapping[str, int], sums: Callable[[], Mapping[str, Tensor]]) -> None:
         started = self._clock()
         snapshot = Snapshot(dict(cursor), self._identity, run.merged_states(), sums())
         self._on_rank_0(
-            f"saving after step {cursor['step']}",
+            f"saving after {describe_cursor(cursor)}",
             lambda keeper: keeper.save(snapshot, lambda: self._clock() - started),
         )
         self._saved_cursor = dict(cursor)

@@ -172,6 +172,12 @@ class RunConfig:
     """Time between checkpoints by rank 0's clock, at least 100 times what the last one took; null: no clock."""
     resume: str = "auto"
     """auto goes on from the newest checkpoint in the folder; never drops those that are there and starts afresh."""
+    blockwise: bool = False
+    """Run one layer at a time over all samples, so that only its weights need be on the device."""
+    spool_dir: str | None = None
+    """Folder for what waits between two layers with ``blockwise``; null keeps it in host memory."""
+    spool_memory_gb: float = 0.0
+    """Host memory of each rank, in GB (1e9 bytes), that is filled before ``spool_dir`` is."""
 
     def __post_init__(self) -> None:
         """Check values that do not depend on other sections."""
@@ -184,8 +190,17 @@ class RunConfig:
         if self.checkpoint_interval is not None:
             _require_at_least("run.checkpoint_interval", self.checkpoint_interval, 1)
         _require_positive("run.timeout_minutes", self.timeout_minutes)
+        self._check_spool()
         if self.checkpoint_seconds is not None:
             _require_positive("run.checkpoint_seconds", self.checkpoint_seconds)
+
+    def _check_spool(self) -> None:
+        if self.spool_dir is not None and not self.blockwise:
+            raise ConfigError("run.spool_dir is given without run.blockwise=true: nothing waits in a full pass.")
+        if self.spool_memory_gb and self.spool_dir is None:
+            raise ConfigError("run.spool_memory_gb is given without run.spool_dir: without one all is kept in memory.")
+        if not self.spool_memory_gb >= 0:
+            raise ConfigError(f"run.spool_memory_gb is {self.spool_memory_gb}: expected 0 or more.")
 
 
 @dataclass

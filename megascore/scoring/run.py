@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megascore.errors import CheckpointError, DataError
 from megascore.hooks.statistics import State
-from megascore.parallel.comm import agree, sum_in_place
+from megascore.parallel.comm import agree, collective_device, sum_in_place
 from megascore.parallel.merge import Part, merge_over_world
 from megascore.parallel.placed_hook import PlacedHook
 from megascore.scoring.assemble import assemble_scores
@@ -233,7 +233,7 @@ class ScoringRun:
     def _device(self) -> torch.device:
         """Device on which this rank's collectives run; ranks without sites still take part."""
         parameters = (parameter for chunk in self.view.modules for parameter in chunk.parameters())
-        return next((parameter.device for parameter in parameters), torch.device("cpu"))
+        return next((parameter.device for parameter in parameters if not parameter.is_meta), collective_device())
 
     def _forward_hook(self, site: Site) -> Any:
         """Return what PyTorch calls after the module: reads its tensors and hands them to the site's hook."""

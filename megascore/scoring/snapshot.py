@@ -18,7 +18,7 @@ from megascore.hooks.statistics import State
 from megascore.scoring.tensor_file import ForeignFile, decode, encode, json_text
 from megascore.scoring.versions import installed_versions
 
-__all__ = ["SCHEMA_VERSION", "Snapshot", "differences", "fingerprint_of", "identity_of"]
+__all__ = ["SCHEMA_VERSION", "Snapshot", "describe_cursor", "differences", "fingerprint_of", "identity_of"]
 
 SCHEMA_VERSION = 1
 _KIND = "megascore_checkpoint"
@@ -43,6 +43,11 @@ class Snapshot:
     def step(self) -> int:
         """Steps done."""
         return self.cursor["step"]
+
+    @property
+    def position(self) -> str:
+        """How far the run is, for people."""
+        return describe_cursor(self.cursor)
 
     def to_bytes(self) -> bytes:
         """Return a checkpoint file's content."""
@@ -88,6 +93,11 @@ class Snapshot:
             else:
                 sums[statistic] = tensor
         return cls(content["cursor"], content["identity"], states, sums)
+
+
+def describe_cursor(cursor: Mapping[str, int]) -> str:
+    """Return how far a run is, for people: "step 5", or "block 3" where blocks are scored one at a time."""
+    return f"block {cursor['block']}" if "block" in cursor else f"step {cursor['step']}"
 
 
 def identity_of(**sections: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from megascore.mcore.huggingface.tensors import (
     weave,
 )
 
-__all__ = ["Checkpoint", "load_weights"]
+__all__ = ["Checkpoint", "load_layer", "load_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Checkpoint:
         sources = all_sources(config, fused=self.has_fused_experts(config))
         needed = {source.name: tuple(sizes[size] for size in source.shape) for source in sources}
         for name, shape in needed.items():
-            self._check_tensor(name, shape)
+            self.check_tensor(name, shape)
         extra = sorted(name for name in self._reader_of if name not in needed and not is_known_extra(name, config))
         if extra:
             logger.warning("%s: %d tensors are not used, such as %s", self.directory, len(extra), ", ".join(extra[:5]))
@@ -104,7 +104,12 @@ class Checkpoint:
         self.num_bytes_read += share.nbytes
         return share.flatten(0, -2) if share.dim() > 2 else share
 
-    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+    def check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check that a tensor is there, with this shape, from the headers alone.
+
+        Raises:
+            ModelError: it is missing, or has another shape or type.
+        """
         if name not in self._reader_of:
             raise ModelError(
                 f"checkpoint {self.directory} has no tensor '{name}' of shape {list(shape)}, which its config.json "
@@ -127,6 +132,7 @@ class Checkpoint:
 def load_weights(chunks: Sequence[torch.nn.Module], config: HuggingFaceModelConfig, directory: str | Path) -> int:
     """Fill the model chunks of this rank from a checkpoint, reading only what this rank needs.
 
+    Parameters on the meta device are left out: see `load_layer`.
     Every rank checks the whole checkpoint before any weight is read, so a bad one raises the same error on all of them.
 
     Args:
@@ -145,8 +151,37 @@ def load_weights(chunks: Sequence[torch.nn.Module], config: HuggingFaceModelConf
         fused = checkpoint.has_fused_experts(config)
         for chunk in chunks:
             for parameter, found in _parameters(chunk):
-                sources = sources_of(found.rule, config, found.layer, _global_expert(found, config), fused=fused)
-                _fill(parameter, found.rule, sources, checkpoint, config)
+                if not parameter.is_meta:
+                    sources = sources_of(found.rule, config, found.layer, _global_expert(found, config), fused=fused)
+                    _fill(parameter, found.rule, sources, checkpoint, config)
+        return checkpoint.num_bytes_read
+
+
+def load_layer(layer: torch.nn.Module, config: HuggingFaceModelConfig, directory: str | Path) -> int:
+    """Fill one decoder layer from a checkpoint, as `load_weights` does; only this layer's tensors are looked at.
+
+    Args:
+        layer: Megatron's, with its global number.
+        config: The model that the checkpoint holds.
+        directory: Hugging Face checkpoint directory with safetensors files.
+
+    Returns:
+        Bytes of weights read by this rank.
+
+    Raises:
+        ModelError: a tensor is missing or misshapen, or a file is damaged: it has changed since the run began.
+    """
+    sizes = sizes_of(config)
+    with Checkpoint(directory) as checkpoint:
+        fused = checkpoint.has_fused_experts(config)
+        for name, parameter in layer.named_parameters():
+            found = find_rule(f"decoder.layers.0.{name}")
+            assert found is not None, f"no rule says where Megatron parameter '{name}' of a layer comes from"
+            number: Any = layer.layer_number
+            sources = sources_of(found.rule, config, number - 1, _global_expert(found, config), fused=fused)
+            for source in sources:
+                checkpoint.check_tensor(source.name, tuple(sizes[size] for size in source.shape))
+            _fill(parameter, found.rule, sources, checkpoint, config)
         return checkpoint.num_bytes_read
 
 
