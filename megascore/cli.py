@@ -15,6 +15,7 @@ import megascore
 from megascore.environment import look_around, render_environment
 from megascore.errors import MegascoreError
 from megascore.failures import run_and_report
+from megascore.launcher import ending_with_launcher
 from megascore.scoring.compare import compare, render_comparison
 from megascore.scoring.config import load_config
 from megascore.scoring.report import render_scores
@@ -133,7 +134,8 @@ def _score(arguments: argparse.Namespace) -> int:
             f"'megascore score' needs the package '{error.name}', which isn't installed: "
             f"pip install 'megascore[{extra}]'"
         ) from error
-    run_job(config, _console(sys.stdout))
+    with ending_with_launcher():
+        run_job(config, _console(sys.stdout))
     return 0
 
 

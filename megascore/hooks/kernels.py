@@ -33,8 +33,8 @@ __all__ = [
     "token_views",
 ]
 
-CPU_SCRATCH_BYTES = 1 << 20
-"""Scratch of a reduction on a CPU: it must stay in the L2 cache, of which cores have 1 to 2 MB."""
+CPU_SCRATCH_BYTES = 1 << 19
+"""Scratch of a reduction on a CPU, for each thread: it must stay in the L2 cache, of which cores have 1 to 2 MB."""
 SCRATCH_BYTES = 1 << 25
 """Scratch elsewhere: large enough that kernels are launched rarely."""
 _of_thread = threading.local()
@@ -44,8 +44,8 @@ ROWS_AT_ONCE = 256
 """Numbers of one sign that float32 adds one after the other with a relative error of some 3e-7."""
 ROWS_OF_PRODUCT = ROWS_AT_ONCE - 16
 """Numbers that a product adds; the others of `ROWS_AT_ONCE` are for adding up several products."""
-MAX_PARTS = 8
-"""Threads that get a product of their own: with more, each would have too few rows of the scratch."""
+MAX_PARTS = 16
+"""Threads that get scratch and a product of their own: with more, the overhead of each grows faster than the gain."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,8 +55,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def rows_at_once(bytes_each: int, device: torch.device) -> int:
     """Return how many rows of ``bytes_each`` bytes the scratch holds; one at least."""
-    budget = CPU_SCRATCH_BYTES if device.type == "cpu" else SCRATCH_BYTES
+    budget = _cpu_scratch_bytes() if device.type == "cpu" else SCRATCH_BYTES
     return max(1, budget // max(1, bytes_each))
+
+
+def _num_parts() -> int:
+    """Return how many threads of a CPU share a reduction."""
+    return min(torch.get_num_threads(), MAX_PARTS)
+
+
+def _cpu_scratch_bytes() -> int:
+    return CPU_SCRATCH_BYTES * max(2, _num_parts())
 
 
 def chunks(length: int, bytes_each: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -158,7 +167,7 @@ class ColumnSum:
         """Start from zero; ``dtype`` is that of the matrices, float32 or float64."""
         self._total = torch.zeros(num_columns, dtype=torch.float64, device=device)
         self._on_cpu = device.type == "cpu"
-        self._num_parts = min(torch.get_num_threads(), MAX_PARTS) if self._on_cpu else 1
+        self._num_parts = _num_parts() if self._on_cpu else 1
         self._partial = torch.zeros(self._num_parts, 1, num_columns, dtype=dtype, device=device)
         self._ones = self._partial.new_ones(self._num_parts, 1, 1)
         self._chain = 0
@@ -203,10 +212,10 @@ class ColumnSum:
 def _scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return uninitialized memory; on a CPU the same in each call of a thread, for fresh pages cost time."""
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    if device.type != "cpu" or num_bytes > CPU_SCRATCH_BYTES:
+    if device.type != "cpu" or num_bytes > _cpu_scratch_bytes():
         return torch.empty(shape, dtype=dtype, device=device)
-    if not hasattr(_of_thread, "buffer"):
-        _of_thread.buffer = torch.empty(CPU_SCRATCH_BYTES, dtype=torch.uint8)
+    if not hasattr(_of_thread, "buffer") or len(_of_thread.buffer) < num_bytes:
+        _of_thread.buffer = torch.empty(_cpu_scratch_bytes(), dtype=torch.uint8)
     buffer: Tensor = _of_thread.buffer
     return buffer[:num_bytes].view(dtype).view(shape)
 
