@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import megascore
 from tests.mcore.resumable import Job, assert_same_scores, make_job, run_on_rank
 from tests.mcore.test_job import save_tokenizer
 from tests.models import save_checkpoint
@@ -51,3 +50,52 @@ def test_layer_by_layer_gives_the_scores_of_a_full_pass(
     shown = world.run(world_size, run_on_rank, job, (BLOCKWISE, *overrides))
     assert job.output.exists(), shown
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose second layer has no experts, which the others have."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("experts") / "qwen3_moe", "qwen3_moe")
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    lengths = (20, 3, 16, 1, 9, 12, 2, 5)
+    texts = [" ".join(f"w{(7 * i * i + i + length) % 100}" for i in range(length)) for length in lengths]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def expert_job(folder: Path, model: Path, documents: Path) -> Job:
+    folder.mkdir()
+    job = Job(folder)
+    scores = ["experts", "expert_ffn", "ffn", "layers", "hidden_size", "attention_heads"]
+    sections = {
+        "model": {"hf": str(model), "dtype": "float64"},
+        "data": {"jsonl": str(documents), "packing": False, "sequence_length": 16},
+        "scores": [{"target": target} for target in scores],
+        "run": {"output": str(job.output), "device": "cpu", "global_batch_size": 4},
+    }
+    job.config.write_text(json.dumps(sections))
+    return job
+
+
+def test_experts_and_padded_documents_come_out_as_in_a_full_pass(
+    experts: Path, documents: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    full = expert_job(tmp_path / "full", experts, documents)
+    world.run(1, run_on_rank, full)
+    for name, world_size, overrides in (
+        ("one", 1, ()),
+        ("EP 2", 2, ("parallel.expert=2",)),
+        ("TP 2, EP 2, VPP 2", 4, ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2",
+                               "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    ):  # fmt: skip
+        job = expert_job(tmp_path / name, experts, documents)
+        shown = world.run(world_size, run_on_rank, job, (BLOCKWISE, *overrides))
+        assert job.output.exists(), (name, shown)
+        assert_same_scores(job.scores(), full.scores(), TOLERANCE)
+        assert job.scores().unseen == full.scores().unseen
