@@ -20,7 +20,7 @@ from tests.ranks import RankProcesses
 
 BLOCKWISE = "run.blockwise=true"
 NUM_LAYERS = 4
-NUM_KILLS = 6
+NUM_KILLS = 4
 TOLERANCE = 1e-9
 """The model is in float64: what is left is the rounding of sums in another order, divided by small scores."""
 
