@@ -20,6 +20,7 @@ __all__ = [
     "MegatronLayerNormContributionHook",
     "MegatronRoutedL2NormHook",
     "MegatronRouterWeightedNormHook",
+    "capture_layer_inputs",
 ]
 
 
@@ -59,3 +60,4 @@ from megascore.mcore.hooks import (  # noqa: E402
     MegatronL2NormHook,
     MegatronLayerNormContributionHook,
 )
+from megascore.mcore.layer_inputs import capture_layer_inputs  # noqa: E402

@@ -181,6 +181,8 @@ class _LayerLoop:
                     run.step()
             if is_scored:
                 self._done.add(Results() if run is None else run.results())
+        if is_scored:
+            self._meet(self._total_steps)
 
     def _run_end(self) -> None:
         """Run what follows the last layer: its norm, and the loss."""

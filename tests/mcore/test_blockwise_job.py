@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.mcore.resumable import Job, assert_same_scores, make_job, run_on_rank
+from megascore.errors import ConfigError
+from megascore.scoring.config import load_config
+from tests.mcore.resumable import NUM_STEPS, SAMPLES_OF_STEP, Job, assert_same_scores, make_job, run_on_rank
+from tests.mcore.test_job import save_tokenizer
+from tests.models import save_checkpoint
 from tests.pool import WorkerPool
 
 BLOCKWISE = "run.blockwise=true"
@@ -47,3 +55,191 @@ def test_layer_by_layer_gives_the_scores_of_a_full_pass(
     shown = world.run(world_size, run_on_rank, job, (BLOCKWISE, *overrides))
     assert job.output.exists(), shown
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose second layer has no experts, which the others have."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("experts") / "qwen3_moe", "qwen3_moe")
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    lengths = (20, 3, 16, 1, 9, 12, 2, 5)
+    texts = [" ".join(f"w{(7 * i * i + i + length) % 100}" for i in range(length)) for length in lengths]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def expert_job(folder: Path, model: Path, documents: Path) -> Job:
+    folder.mkdir()
+    job = Job(folder)
+    scores = ["experts", "expert_ffn", "ffn", "layers", "hidden_size", "attention_heads"]
+    sections = {
+        "model": {"hf": str(model), "dtype": "float64"},
+        "data": {"jsonl": str(documents), "packing": False, "sequence_length": 16},
+        "scores": [{"target": target} for target in scores],
+        "run": {"output": str(job.output), "device": "cpu", "global_batch_size": 4},
+    }
+    job.config.write_text(json.dumps(sections))
+    return job
+
+
+def test_experts_and_padded_documents_come_out_as_in_a_full_pass(
+    experts: Path, documents: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    full = expert_job(tmp_path / "full", experts, documents)
+    world.run(1, run_on_rank, full)
+    for name, world_size, overrides in (
+        ("one", 1, ()),
+        ("EP 2", 2, ("parallel.expert=2",)),
+        ("TP 2, EP 2, VPP 2", 4, ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2",
+                               "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    ):  # fmt: skip
+        job = expert_job(tmp_path / name, experts, documents)
+        shown = world.run(world_size, run_on_rank, job, (BLOCKWISE, *overrides))
+        assert job.output.exists(), (name, shown)
+        assert_same_scores(job.scores(), full.scores(), TOLERANCE)
+        assert job.scores().unseen == full.scores().unseen
+
+
+def count_weights_on_rank(job: Job, overrides: tuple[str, ...]) -> list[list[int]]:
+    """Return, for each time that a layer runs, the numbers of this rank's layers whose weights are there."""
+    from megascore.mcore.blockwise_chunk import ChunkRunner
+
+    run_layer, seen = ChunkRunner.run_layer, []
+
+    def watched(runner: Any, position: int, *others: Any) -> None:
+        present = [
+            layer.layer_number - 1
+            for layer in runner._layers
+            if not any(parameter.is_meta for parameter in layer.parameters())
+        ]
+        seen.append(present)
+        run_layer(runner, position, *others)
+
+    ChunkRunner.run_layer = watched  # type: ignore[method-assign]
+    try:
+        run_on_rank(job, (BLOCKWISE, *overrides))
+    finally:
+        ChunkRunner.run_layer = run_layer  # type: ignore[method-assign]
+    return seen
+
+
+def test_only_the_layer_that_runs_has_its_weights(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:
+    job = make_job(tmp_path / "run", model_root)
+    ranks = world.run(2, count_weights_on_rank, job, ("parallel.pipeline=2",))
+    num_micro_batches = NUM_STEPS * SAMPLES_OF_STEP
+    assert ranks == [[[layer]] * num_micro_batches + [[layer + 1]] * num_micro_batches for layer in (0, 2)]
+
+
+def run_with_spool_on_rank(job: Job, overrides: tuple[str, ...]) -> tuple[str, int, int]:
+    """Return what was shown, and how many tensors were put into the spool in memory, and in files."""
+    from megascore.capture.stores import SpoolStore
+
+    put, counts = SpoolStore.put, [0, 0]
+
+    def counted(store: Any, key: str, tensor: Any) -> None:
+        put(store, key, tensor)
+        counts[key in store._files] += 1
+
+    SpoolStore.put = counted  # type: ignore[method-assign]
+    try:
+        return run_on_rank(job, (BLOCKWISE, *overrides)), counts[0], counts[1]
+    finally:
+        SpoolStore.put = put  # type: ignore[method-assign]
+
+
+def test_what_waits_between_layers_goes_into_the_spool_folder(
+    full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    job, spool = make_job(tmp_path / "run", model_root), tmp_path / "spool"
+    ranks = world.run(2, run_with_spool_on_rank, job, ("parallel.pipeline=2", f"run.spool_dir={spool}"))
+    assert all(in_memory == 0 and in_files > 0 for _, in_memory, in_files in ranks), ranks
+    assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+    assert list(spool.iterdir()) == [], "a run leaves nothing behind"
+
+    # Room for the hidden states of some micro-batches, [16, 1, 64] in float64 each.
+    other = make_job(tmp_path / "other", model_root)
+    some = (f"run.spool_dir={spool}", "run.spool_memory_gb=5e-5")
+    assert all(count > 0 for count in world.run(1, run_with_spool_on_rank, other, some)[0][1:])
+    assert_same_scores(other.scores(), full_pass.scores(), TOLERANCE)
+
+
+def test_a_spool_folder_that_can_not_be_made_stops_the_job(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:
+    job = make_job(tmp_path / "run", model_root)
+    (tmp_path / "file").write_text("")
+    told = world.run(2, run_on_rank, job, (BLOCKWISE, f"run.spool_dir={tmp_path / 'file'}"))
+    assert "DataError: spool folder" in told[0]
+    assert "RankFailure" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.spool_dir=/spool"], "run.spool_dir is given without run.blockwise=true"),
+        (["run.blockwise=true", "run.spool_memory_gb=1"], "run.spool_memory_gb is given without run.spool_dir"),
+        (["run.blockwise=true", "run.spool_dir=/spool", "run.spool_memory_gb=-1"], "expected 0 or more"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(
+    overrides: list[str], message: str, model_root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(make_job(tmp_path / "run", model_root).config, overrides)
+
+
+def lose_weights_on_rank(job: Job) -> str:
+    """Run while the checkpoint's file is taken away after the first layer."""
+    from megascore.mcore.blockwise import _LayerLoop
+
+    run_layer = _LayerLoop._run_layer
+    file = job.folder / "model" / "model.safetensors"
+
+    def after_loss(loop: Any, layer: int, *, is_scored: bool) -> None:
+        if layer == 1:
+            file.unlink(missing_ok=True)
+        run_layer(loop, layer, is_scored=is_scored)
+
+    _LayerLoop._run_layer = after_loss  # type: ignore[method-assign]
+    try:
+        return run_on_rank(job, (BLOCKWISE, f"model.hf={job.folder / 'model'}"))
+    finally:
+        _LayerLoop._run_layer = run_layer  # type: ignore[method-assign]
+
+
+def test_weights_that_are_gone_when_it_is_their_turn_end_all_ranks_and_lose_nothing(
+    full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    job = make_job(tmp_path / "run", model_root)
+    shutil.copytree(model_root / "llama", job.folder / "model")
+    told = world.run(2, lose_weights_on_rank, job)
+    assert "ModelError" in told[0]
+    assert "RankFailure: reading the weights of layer 1 failed on rank 0" in told[1]
+    shutil.copy(model_root / "llama" / "model.safetensors", job.folder / "model")
+    shown = world.run(1, run_on_rank, job, (BLOCKWISE, f"model.hf={job.folder / 'model'}"))
+    assert "step-00000000-block-0001.safetensors, block 1" in shown[0]
+    assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+
+
+def test_a_megatron_checkpoint_is_scored_layer_by_layer(saved: Path, tmp_path: Path, world: WorkerPool) -> None:
+    text = tmp_path / "tokens.npy"
+    np.save(text, np.arange(4 * 16).reshape(4, 16) % 128)
+    jobs = []
+    for name, overrides in (("full", ()), ("blockwise", (BLOCKWISE, "parallel.pipeline=2"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        job = Job(folder)
+        sections = {
+            "model": {"load": str(saved / "ck"), "dtype": "float64"},
+            "data": {"tokens": str(text), "sequence_length": 16},
+            "run": {"output": str(job.output), "device": "cpu", "global_batch_size": 2},
+        }
+        job.config.write_text(json.dumps(sections))
+        shown = world.run(1 + (name == "blockwise"), run_on_rank, job, overrides)
+        assert job.output.exists(), shown
+        jobs.append(job)
+    assert_same_scores(jobs[1].scores(), jobs[0].scores(), TOLERANCE)

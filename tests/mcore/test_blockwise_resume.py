@@ -1,0 +1,168 @@
+"""A job that runs one layer at a time goes on from the layer where it was stopped or killed, on any layout."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megascore.scoring.checkpoint_folder import CheckpointFolder
+from megascore.scoring.status import RunState, read_status
+from tests.mcore.resumable import Job, assert_same_scores, make_job, run_on_rank
+from tests.pool import WorkerPool
+from tests.ranks import RankProcesses
+
+BLOCKWISE = "run.blockwise=true"
+NUM_LAYERS = 4
+NUM_KILLS = 4
+TOLERANCE = 1e-9
+"""The model is in float64: what is left is the rounding of sums in another order, divided by small scores."""
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one process": (1, ()),
+    "TP 2 and SP": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "PP 2": (2, ("parallel.pipeline=2",)),
+    "DP 2": (2, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def full_pass(model_root: Path, tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Job:
+    job = make_job(tmp_path_factory.mktemp("full") / "run", model_root)
+    world.run(1, run_on_rank, job)
+    assert job.output.exists()
+    return job
+
+
+@pytest.fixture(scope="module")
+def stopped(model_root: Path, tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Job:
+    """A run at TP=2, stopped when one layer was done."""
+    job = make_job(tmp_path_factory.mktemp("stopped") / "run", model_root)
+    told = world.run(2, stop_on_rank, job, 1, 0, LAYOUTS["TP 2 and SP"][1], 1)
+    assert all("Preempted: stopped by SIGTERM after block 1" in text for text in told), told
+    return job
+
+
+def stop_on_rank(job: Job, block: int, step: int, overrides: tuple[str, ...] = (), rank: int = 0) -> str:
+    """Run with a signal to one rank when so many blocks and steps are done."""
+    import torch.distributed as dist
+
+    from megascore.mcore.blockwise import _LayerLoop
+
+    meet = _LayerLoop._meet
+
+    def with_signal(loop: Any, current: int, *, is_last: bool = False) -> None:
+        if (loop._done.num_blocks, current) == (block, step) and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        meet(loop, current, is_last=is_last)
+
+    _LayerLoop._meet = with_signal  # type: ignore[method-assign]
+    try:
+        return run_on_rank(job, (BLOCKWISE, *overrides))
+    finally:
+        _LayerLoop._meet = meet  # type: ignore[method-assign]
+
+
+def copy_of(job: Job, folder: Path, model_root: Path) -> Job:
+    copy = make_job(folder, model_root)
+    shutil.copytree(job.checkpoints, copy.checkpoints)
+    return copy
+
+
+@pytest.mark.parametrize("layout", ["one process", "PP 2", "DP 2"])
+def test_a_run_that_was_stopped_after_a_layer_goes_on_in_another_layout(
+    layout: str, stopped: Job, full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    job = copy_of(stopped, tmp_path / "run", model_root)
+    world_size, overrides = LAYOUTS[layout]
+    shown = world.run(world_size, run_on_rank, job, (BLOCKWISE, *overrides))
+    assert "step-00000000-block-0001.safetensors, block 1" in shown[0]
+    # What was done is not scored again: each layer that was left and what follows them save once more.
+    assert shown[0].count("checkpoint of block") == NUM_LAYERS
+    assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+
+
+def test_a_run_goes_on_from_every_block_and_from_the_midst_of_one(
+    full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    job = make_job(tmp_path / "run", model_root)
+    # Nothing is done at first, and at the end everything but the loss.
+    for block, step, layout in ((0, 2, "PP 2"), (1, 3, "TP 2 and SP"), (2, 0, "PP 2"), (4, 5, "TP 2 and SP")):
+        world_size, overrides = LAYOUTS[layout]
+        told = world.run(world_size, stop_on_rank, job, block, step, overrides)
+        assert f"Preempted: stopped by SIGTERM after block {block};" in told[0], told
+        status = read_status(job.checkpoints)
+        assert (status["state"], status["block"], status["step"]) == (RunState.STOPPED.value, block, step)
+        assert status["total_blocks"] == NUM_LAYERS
+    world.run(1, run_on_rank, job, (BLOCKWISE,))
+    assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+
+
+def test_a_run_that_only_lacks_its_result_writes_it(
+    full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    job = make_job(tmp_path / "run", model_root)
+    world.run(2, run_on_rank, job, (BLOCKWISE,))
+    folder = CheckpointFolder(job.checkpoints)
+    assert [path.name[-15:] for path in folder.checkpoints()] == ["004.safetensors", "005.safetensors"]
+    folder.close()
+    job.output.unlink()
+    shown = world.run(1, run_on_rank, job, (BLOCKWISE,))
+    assert "checkpoint of block" not in shown[0]
+    assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+
+
+def test_checkpoints_of_the_two_ways_to_run_are_kept_apart(
+    stopped: Job, full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    told = world.run(1, run_on_rank, copy_of(stopped, tmp_path / "one", model_root))
+    assert "CheckpointError" in told[0]
+    assert "run.blockwise is True there, False here" in told[0]
+    told = world.run(1, run_on_rank, copy_of(full_pass, tmp_path / "two", model_root), (BLOCKWISE,))
+    assert "run.blockwise is False there, True here" in told[0]
+
+
+def test_checkpoints_come_as_often_as_was_asked_for(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:
+    job = make_job(tmp_path / "run", model_root)
+    # 6 steps a block: the tenth step is in the second block, the twentieth in the fourth, the thirtieth in the last.
+    shown = world.run(1, run_on_rank, job, (BLOCKWISE, "run.checkpoint_interval=10"))[0]
+    assert [block for block in range(6) if f"checkpoint of block {block}:" in shown] == [2, 4, 5]
+
+
+def test_kills_at_random_moments_change_nothing(full_pass: Job, model_root: Path, tmp_path: Path) -> None:
+    def start(job: Job) -> RankProcesses:
+        return RankProcesses(2, ["score", str(job.config), BLOCKWISE, *LAYOUTS["PP 2"][1]], job.folder / "log.txt")
+
+    # The first start also imports everything.
+    assert start(make_job(tmp_path / "first", model_root)).wait() == [0, 0]
+    started = time.monotonic()
+    assert start(make_job(tmp_path / "timed", model_root)).wait() == [0, 0]
+    whole_run = time.monotonic() - started
+    moments = random.Random(0)
+    num_kills = num_runs = num_resumed = 0
+    while num_kills < NUM_KILLS:
+        num_runs += 1
+        job = make_job(tmp_path / f"run{num_runs}", model_root)
+        log, codes = job.folder / "log.txt", None
+        while codes != [0, 0]:
+            ranks = start(job)
+            time.sleep(whole_run * moments.uniform(0.4, 1.0))
+            ranks.kill(moments.choice([[0], [1], [0, 1]]) if num_kills < NUM_KILLS else [])
+            codes = ranks.wait()
+            killed = -signal.SIGKILL in codes
+            num_kills += killed
+            assert killed or codes == [0, 0], (codes, log.read_text())
+        num_resumed += log.read_text().count("going on from")
+        assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+    assert num_resumed, "some kills should hit a run that has saved something"
