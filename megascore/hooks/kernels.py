@@ -33,7 +33,7 @@ __all__ = [
     "token_views",
 ]
 
-CPU_SCRATCH_BYTES = 1 << 19
+CPU_SCRATCH_BYTES = 3 << 18
 """Scratch of a reduction on a CPU, for each thread: it must stay in the L2 cache, of which cores have 1 to 2 MB."""
 SCRATCH_BYTES = 1 << 25
 """Scratch elsewhere: large enough that kernels are launched rarely."""
@@ -192,10 +192,10 @@ class ColumnSum:
         if rows_each:
             if self._ones.shape[-1] != rows_each:
                 self._ones = self._partial.new_ones(self._num_parts, 1, rows_each)
-            even = matrix[: num_rows - num_left].view(self._num_parts, rows_each, -1)
-            self._partial.baddbmm_(self._ones, even)
-        for row in matrix[num_rows - num_left :]:
-            self._partial[0, 0] += row
+            even = matrix[: num_rows - num_left] if num_left else matrix
+            self._partial.baddbmm_(self._ones, even.view(self._num_parts, rows_each, -1))
+        for row in range(num_rows - num_left, num_rows):
+            self._partial[0, 0] += matrix[row]
 
     def result(self) -> Tensor:
         """Return the sum so far: [C] float64."""
