@@ -78,6 +78,7 @@ def run_blockwise(
         store.close()
     results.require_data()
     own = {**inputs.metadata(config), "loss": loss.mean() if config.run.loss else None}
+    own["blockwise"] = {"cache_block_outputs": True, "num_blocks": order.num_layers}
     states = dict(sorted(results.states.items()))
     return assemble_scores(requests, states, results.scores, run_metadata(view, inputs.total_steps, own))
 
@@ -132,7 +133,7 @@ class _LayerLoop:
         done_steps = num_parts * self._total_steps if done.num_blocks > num_layers else 0
         with ScoringProgress(
             num_parts * self._total_steps,
-            tokens // num_parts,
+            tokens,
             enabled=world_rank() == 0,
             done_steps=done_steps,
             console=console,

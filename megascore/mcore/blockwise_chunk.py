@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import Tensor
 
 from megascore.capture.cached_feed import CachedFeed
 from megascore.capture.stand_ins import ReturnForm
@@ -46,10 +46,11 @@ class ChunkRunner:
         self._device = device
         self._computes_loss = loss
         self._layers = layers_of(chunk)
-        self._weights = MovingWeights(chunk, device)
+        # What lies outside of layers is on the device already.
+        weights = MovingWeights(chunk, device)
         # As Megatron's layers return: hidden states, and a context for cross attention, which a decoder has not.
         form = ReturnForm((torch.empty(0), None))
-        self._feed = CachedFeed(chunk, self._layers, len(micro_batches), self._forward, self._weights, store, form=form)
+        self._feed = CachedFeed(chunk, self._layers, len(micro_batches), self._forward, weights, store, form=form)
         self._received: Tensor | None = None
         self._run: ScoringRun | None = None
 
@@ -100,9 +101,6 @@ class ChunkRunner:
 
         Of the last chunk, after its last layer. Collective over the ranks that share the chunk.
         """
-        in_layers = {id(module) for layer in self._layers for module in layer.modules()}
-        # All at once: the output layer may take its weight from the embedding, without calling it.
-        outside = [module for module in self._chunk.modules() if id(module) not in in_layers and _has_own(module)]
 
         def finish(index: int) -> LossSums | None:
             result: Any = forward(index)
@@ -114,7 +112,6 @@ class ChunkRunner:
         try:
             with (
                 torch.no_grad(),
-                self._weights.present(*outside),
                 output_layers([self._chunk], run=self._computes_loss),
                 self._feed.whole_passes() as forward,
             ):
@@ -157,7 +154,3 @@ class ChunkRunner:
 
 def _masked(run: ScoringRun | None, mask: Tensor | None) -> AbstractContextManager[None]:
     return nullcontext() if run is None else run.masked(mask)
-
-
-def _has_own(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))

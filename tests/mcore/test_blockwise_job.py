@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from megascore.errors import ConfigError
 from megascore.scoring.config import load_config
+from tests.mcore.providers import CHECKPOINT
 from tests.mcore.resumable import NUM_STEPS, SAMPLES_OF_STEP, Job, assert_same_scores, make_job, run_on_rank
 from tests.mcore.test_job import save_tokenizer
 from tests.models import save_checkpoint
@@ -20,6 +22,9 @@ from tests.pool import WorkerPool
 BLOCKWISE = "run.blockwise=true"
 TOLERANCE = 1e-9
 """The model is in float64: what is left is the rounding of sums in another order, divided by small scores."""
+
+NUM_SAMPLES = NUM_STEPS * SAMPLES_OF_STEP - 1
+"""The last step is short, and gives two data-parallel ranks different numbers of samples."""
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ()),
@@ -33,6 +38,14 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
+def make(folder: Path, model_root: Path) -> Job:
+    job = make_job(folder, model_root)
+    job.config.write_text(
+        job.config.read_text().replace("sequence_length: 16}", f"sequence_length: 16, num_samples: {NUM_SAMPLES}}}")
+    )
+    return job
+
+
 @pytest.fixture(scope="module")
 def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("model")
@@ -40,7 +53,7 @@ def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full_pass(model_root: Path, tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Job:
-    job = make_job(tmp_path_factory.mktemp("full") / "run", model_root)
+    job = make(tmp_path_factory.mktemp("full") / "run", model_root)
     world.run(1, run_on_rank, job)
     assert job.output.exists()
     return job
@@ -50,7 +63,7 @@ def full_pass(model_root: Path, tmp_path_factory: pytest.TempPathFactory, world:
 def test_layer_by_layer_gives_the_scores_of_a_full_pass(
     layout: str, full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
-    job = make_job(tmp_path / "run", model_root)
+    job = make(tmp_path / "run", model_root)
     world_size, overrides = LAYOUTS[layout]
     shown = world.run(world_size, run_on_rank, job, (BLOCKWISE, *overrides))
     assert job.output.exists(), shown
@@ -130,10 +143,9 @@ def count_weights_on_rank(job: Job, overrides: tuple[str, ...]) -> list[list[int
 
 
 def test_only_the_layer_that_runs_has_its_weights(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:
-    job = make_job(tmp_path / "run", model_root)
+    job = make(tmp_path / "run", model_root)
     ranks = world.run(2, count_weights_on_rank, job, ("parallel.pipeline=2",))
-    num_micro_batches = NUM_STEPS * SAMPLES_OF_STEP
-    assert ranks == [[[layer]] * num_micro_batches + [[layer + 1]] * num_micro_batches for layer in (0, 2)]
+    assert ranks == [[[layer]] * NUM_SAMPLES + [[layer + 1]] * NUM_SAMPLES for layer in (0, 2)]
 
 
 def run_with_spool_on_rank(job: Job, overrides: tuple[str, ...]) -> tuple[str, int, int]:
@@ -156,21 +168,21 @@ def run_with_spool_on_rank(job: Job, overrides: tuple[str, ...]) -> tuple[str, i
 def test_what_waits_between_layers_goes_into_the_spool_folder(
     full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
-    job, spool = make_job(tmp_path / "run", model_root), tmp_path / "spool"
+    job, spool = make(tmp_path / "run", model_root), tmp_path / "spool"
     ranks = world.run(2, run_with_spool_on_rank, job, ("parallel.pipeline=2", f"run.spool_dir={spool}"))
     assert all(in_memory == 0 and in_files > 0 for _, in_memory, in_files in ranks), ranks
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
     assert list(spool.iterdir()) == [], "a run leaves nothing behind"
 
     # Room for the hidden states of some micro-batches, [16, 1, 64] in float64 each.
-    other = make_job(tmp_path / "other", model_root)
+    other = make(tmp_path / "other", model_root)
     some = (f"run.spool_dir={spool}", "run.spool_memory_gb=5e-5")
     assert all(count > 0 for count in world.run(1, run_with_spool_on_rank, other, some)[0][1:])
     assert_same_scores(other.scores(), full_pass.scores(), TOLERANCE)
 
 
 def test_a_spool_folder_that_can_not_be_made_stops_the_job(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:
-    job = make_job(tmp_path / "run", model_root)
+    job = make(tmp_path / "run", model_root)
     (tmp_path / "file").write_text("")
     told = world.run(2, run_on_rank, job, (BLOCKWISE, f"run.spool_dir={tmp_path / 'file'}"))
     assert "DataError: spool folder" in told[0]
@@ -189,7 +201,7 @@ def test_keys_that_do_not_go_together_are_refused(
     overrides: list[str], message: str, model_root: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(make_job(tmp_path / "run", model_root).config, overrides)
+        load_config(make(tmp_path / "run", model_root).config, overrides)
 
 
 def lose_weights_on_rank(job: Job) -> str:
@@ -214,7 +226,7 @@ def lose_weights_on_rank(job: Job) -> str:
 def test_weights_that_are_gone_when_it_is_their_turn_end_all_ranks_and_lose_nothing(
     full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
-    job = make_job(tmp_path / "run", model_root)
+    job = make(tmp_path / "run", model_root)
     shutil.copytree(model_root / "llama", job.folder / "model")
     told = world.run(2, lose_weights_on_rank, job)
     assert "ModelError" in told[0]
@@ -225,21 +237,37 @@ def test_weights_that_are_gone_when_it_is_their_turn_end_all_ranks_and_lose_noth
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
 
 
-def test_a_megatron_checkpoint_is_scored_layer_by_layer(saved: Path, tmp_path: Path, world: WorkerPool) -> None:
-    text = tmp_path / "tokens.npy"
-    np.save(text, np.arange(4 * 16).reshape(4, 16) % 128)
+def run_with_provider_on_rank(job: Job, checkpoint: Path, overrides: tuple[str, ...]) -> str:
+    os.environ[CHECKPOINT] = str(checkpoint)
+    return run_on_rank(job, overrides)
+
+
+@pytest.mark.parametrize(
+    ("model", "tolerance"),
+    [
+        ({"load": "{saved}/ck", "dtype": "float64"}, TOLERANCE),
+        # Layers compute the same numbers either way, and the sums of scores are in float64.
+        ({"provider": "tests.mcore.providers:whole", "dtype": "float32"}, 1e-6),
+    ],
+    ids=["Megatron checkpoint", "provider"],
+)
+def test_other_sources_are_scored_layer_by_layer(
+    model: dict[str, str], tolerance: float, saved: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.arange(4 * 16).reshape(4, 16) % 128)
     jobs = []
-    for name, overrides in (("full", ()), ("blockwise", (BLOCKWISE, "parallel.pipeline=2"))):
+    for name, world_size, overrides in (("full", 1, ()), ("blockwise", 2, (BLOCKWISE, "parallel.pipeline=2"))):
         folder = tmp_path / name
         folder.mkdir()
         job = Job(folder)
         sections = {
-            "model": {"load": str(saved / "ck"), "dtype": "float64"},
-            "data": {"tokens": str(text), "sequence_length": 16},
+            "model": {key: value.format(saved=saved) for key, value in model.items()},
+            "data": {"tokens": str(tokens), "sequence_length": 16},
             "run": {"output": str(job.output), "device": "cpu", "global_batch_size": 2},
         }
         job.config.write_text(json.dumps(sections))
-        shown = world.run(1 + (name == "blockwise"), run_on_rank, job, overrides)
+        shown = world.run(world_size, run_with_provider_on_rank, job, saved / "hf", overrides)
         assert job.output.exists(), shown
         jobs.append(job)
-    assert_same_scores(jobs[1].scores(), jobs[0].scores(), TOLERANCE)
+    assert_same_scores(jobs[1].scores(), jobs[0].scores(), tolerance)

@@ -222,7 +222,11 @@ def _fill(
         rank = parallel_state.get_tensor_model_parallel_rank()
         num_ranks = parallel_state.get_tensor_model_parallel_world_size()
     shares = [checkpoint.read(source, rule.split_dim, rank, num_ranks) for source in sources]
-    value = weave(shares, config.num_kv_heads // num_ranks) if rule.per_kv_head else torch.cat(shares)
+    if rule.per_kv_head:
+        value = weave(shares, config.num_kv_heads // num_ranks)
+    else:
+        # The embedding is the largest, and need not be there once more.
+        value = shares[0] if len(shares) == 1 else torch.cat(shares)
     assert value.shape == parameter.shape, f"{rule.parameters[0]}: {tuple(value.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(value)
 
