@@ -74,7 +74,7 @@ class Contributions:
         step = max(1, min(TOKENS_AT_ONCE, CHUNK_BYTES // bytes_each))
         for start in range(0, len(x), step):
             some = slice(start, start + step)
-            inputs = x[some].index_select(1, order)
+            inputs = kernels.take_columns(x[some], order)
             error = self._error(inputs, y[some], columns, num_kept)
             squares = torch.linalg.vector_norm(error, dim=-1).square_().add_(EPSILON)
             error *= 2
@@ -89,9 +89,13 @@ class Contributions:
     def _error(self, inputs: Tensor, y: Tensor, columns: _Columns, num_kept: int) -> Tensor:
         """Return s [T, E], the output's error when nothing more is pruned."""
         dtype = torch.promote_types(kernels.accumulation_dtype(y.dtype), kernels.accumulation_dtype(self.weight.dtype))
-        residual = inputs.new_zeros(y.shape, dtype=dtype)
+        residual: Tensor | None = None
         for first, last in columns.blocks(num_kept, inputs.shape[1], len(inputs)):
-            residual += product(inputs[:, first:last], columns[first:last].mT)
+            part = product(inputs[:, first:last], columns[first:last].mT).to(dtype)
+            residual = part if residual is None else residual.add_(part)
+        if residual is None:
+            # Channels are pruned, but none of this rank's.
+            residual = inputs.new_zeros(y.shape, dtype=dtype)
         residual = self.reduce_over_shards(residual)
         if self.calibration_method is None:
             return residual
@@ -107,7 +111,7 @@ class _Columns:
     def __init__(self, weight: Tensor, order: Tensor) -> None:
         self._order = order
         self._weight = weight
-        self._gathered = weight.index_select(1, order) if weight.numel() * 4 <= BLOCK_BYTES else None
+        self._gathered = kernels.take_columns(weight, order) if weight.numel() * 4 <= BLOCK_BYTES else None
 
     def blocks(self, start: int, stop: int, num_tokens: int) -> Iterator[tuple[int, int]]:
         """Yield (first, last) of blocks of the columns from start to stop, for products with ``num_tokens`` tokens."""
@@ -123,7 +127,7 @@ class _Columns:
         """Return columns [E, N] of a block."""
         if self._gathered is not None:
             return self._gathered[:, block]
-        return self._weight.index_select(1, self._order[block])
+        return kernels.take_columns(self._weight, self._order[block])
 
 
 def _sums_of_block(inputs: Tensor, cross: Tensor, squares: Tensor, square_norms: Tensor, mask: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
     "column_norms",
     "num_tokens",
     "samples_at_once",
+    "take_columns",
     "token_views",
 ]
 
@@ -40,6 +41,8 @@ SCRATCH_BYTES = 1 << 25
 _of_thread = threading.local()
 MIN_ROWS_AT_ONCE = 16
 """Rows that the scratch should hold where there is a choice: fewer cost more in calls than they save."""
+INDEX_BYTES = 1 << 21
+"""Room for indices of columns."""
 ROWS_AT_ONCE = 256
 """Numbers of one sign that float32 adds one after the other with a relative error of some 3e-7."""
 ROWS_OF_PRODUCT = ROWS_AT_ONCE - 16
@@ -147,6 +150,23 @@ def samples_at_once(x: Tensor) -> int:
         # There the sums are the only temporaries.
         return rows_at_once(num_channels * 8, x.device)
     return rows_at_once(num_channels * accumulation_dtype(x.dtype).itemsize * MIN_ROWS_AT_ONCE, x.device)
+
+
+def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Return some columns of ``matrix`` [T, C], as a new matrix [T, N] in the order of ``columns`` [N] int64.
+
+    On a CPU, `index_select` copies one number after the other, and `gather` several: two to four times faster, a few
+    rows at a time, as it may make an index for each number.
+    """
+    if matrix.device.type != "cpu":
+        return matrix.index_select(1, columns)
+    taken = matrix.new_empty(len(matrix), len(columns))
+    step = max(1, INDEX_BYTES // (columns.itemsize * max(1, len(columns))))
+    index = columns.expand(min(step, len(matrix)), -1)
+    for start in range(0, len(matrix), step):
+        rows = matrix[start : start + step]
+        torch.gather(rows, 1, index[: len(rows)], out=taken[start : start + step])
+    return taken
 
 
 def column_norms(weight: Tensor) -> Tensor:
