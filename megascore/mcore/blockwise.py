@@ -123,6 +123,7 @@ class _LayerLoop:
         self._checkpoints: Checkpointer | None = None
         self._done = FinishedBlocks()
         self._progress: ScoringProgress
+        self._tokens_of_parts = 0
 
     def run(self, console: Console, checkpoints: Checkpointer | None, done: FinishedBlocks) -> Results:
         """Go through the layers that are left; before them those that are done run once more, for their outputs."""
@@ -216,7 +217,10 @@ class _LayerLoop:
             yield self._indices[step]
             if counts:
                 num_tokens = self._samples.num_tokens(slice(step * batch_size, (step + 1) * batch_size))
-                self._progress.advance(num_tokens // (self._order.num_layers + self._has_end))
+                self._tokens_of_parts += num_tokens
+                # Tokens of the whole model: each part of it is a fraction of the work on them.
+                whole = self._tokens_of_parts // (self._order.num_layers + self._has_end)
+                self._progress.advance(whole - self._progress.tokens)
 
     def _meet(self, step: int, *, is_last: bool = False) -> None:
         if self._checkpoints is None:

@@ -114,6 +114,8 @@ def test_a_run_that_only_lacks_its_result_writes_it(
 ) -> None:
     job = make_job(tmp_path / "run", model_root)
     world.run(2, run_on_rank, job, (BLOCKWISE,))
+    # Counted as in a full pass, though each layer goes over all of them.
+    assert read_status(job.checkpoints)["tokens"] == full_pass.scores().metadata["num_tokens"]
     folder = CheckpointFolder(job.checkpoints)
     assert [path.name[-15:] for path in folder.checkpoints()] == ["004.safetensors", "005.safetensors"]
     folder.close()
