@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ from megascore.scoring.checkpointing import Checkpointer, CheckpointPlan
 from megascore.scoring.progress import ScoringProgress
 from megascore.scoring.run import ScoringRun
 from megascore.scoring.snapshot import identity_of
+from megascore.scoring.tensor_file import json_text
+from megascore.scoring.versions import installed_versions
 
 __all__ = ["Saver", "checkpoints"]
 
@@ -43,8 +46,9 @@ def checkpoints(
     ...         model(batch)
     ...         run.step()
     ...         saver.after_step()
-    ...     run.finish().save("scores.safetensors")
-    ...     saver.finish()
+    ...     if not saver.finished:
+    ...         run.finish().save("scores.safetensors")
+    ...         saver.finish()
 
     Args:
         run: From `attach`, with no step done.
@@ -88,6 +92,11 @@ class Saver:
     def step(self) -> int:
         """Steps done, those before a restart included: the same on every rank."""
         return self._run.num_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier start has come to `finish`; the same on every rank. All steps are done then."""
+        return self._checkpoints.was_finished
 
     def __enter__(self) -> Saver:
         """Open the folder, and put the newest checkpoint into the run's hooks. Collective over the world.
@@ -147,4 +156,14 @@ def _identity(run: ScoringRun, total_steps: int, given: Mapping[str, Any]) -> di
     # A name is often a path, and a model may be moved.
     model = {name: value for name, value in run.view.facts.items() if name != "name"}
     scores = [{"target": r.target, "method": r.method, **dict(r.options)} for r in run.requests]
-    return identity_of(model=model, run={"steps": total_steps}, scores=scores, yours=dict(given))
+    whole = {
+        "model": model,
+        "run": {"steps": total_steps, "megascore": installed_versions()["megascore"]},
+        "scores": scores,
+        "yours": dict(given),
+    }
+    try:
+        # As a checkpoint has it, where a tuple is a list.
+        return identity_of(**json.loads(json_text(whole)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the identity of the run has something that JSON can't hold: {error}.") from error

@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(
             if seen == 3:
                 raise RuntimeError("my own")
     assert state_of(tmp_path)["state"] == "interrupted"
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002.safetensors"]
+    assert sorted(path.name for path in tmp_path.glob("megascore-step-*")) == ["megascore-step-00000002.safetensors"]
     assert_same(score(model_folder, str(tmp_path), interval=None), expected)
 
 
@@ -154,12 +154,12 @@ def test_a_finished_run_gives_its_scores_again(model_folder: str, expected: dict
 )
 def test_another_run_is_refused(changes: dict[str, Any], told: str, model_folder: str, tmp_path: Path) -> None:
     score(model_folder, str(tmp_path))
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("step-*")}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("megascore-step-*")}
     text = score(model_folder, str(tmp_path), **changes)
     assert isinstance(text, str)
     assert text.startswith("CheckpointError")
     assert told in text
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("step-*")} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("megascore-step-*")} == before
 
 
 def test_a_run_can_begin_afresh(model_folder: str, expected: dict[str, Tensor], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megascore.errors import DataError, MegascoreError, ScoreFileError
+from megascore.errors import ConfigError, DataError, MegascoreError, ScoreFileError
 from megascore.mcore.layout import check_sequence_length, exchanges_tokens
 from megascore.mcore.source import ModelSource, model_source
 from megascore.parallel.comm import agree, broadcast_object, world_rank
@@ -26,6 +26,7 @@ from megascore.scoring.data import (
 from megascore.scoring.recipes import ScoreRequest
 from megascore.scoring.score_file import Scores, check_output_path, load_scores
 from megascore.scoring.snapshot import fingerprint_of, identity_of
+from megascore.scoring.versions import installed_versions
 
 __all__ = ["JobInputs", "check_files", "check_job", "check_model", "check_output", "finished_scores", "read_inputs"]
 
@@ -68,6 +69,13 @@ def check_job(config: JobConfig) -> ModelSource:
     """
     source = check_model(config)
     source.weights.check()
+    without_name = config.model.provider is not None and config.model.load is None and config.model.fingerprint is None
+    if config.run.checkpoint_dir is not None and without_name:
+        raise ConfigError(
+            "run.checkpoint_dir is given, but nothing tells which weights model.provider puts into its model, so a "
+            "checkpoint of other weights would not be noticed: say it in words of your own, such as "
+            "model.fingerprint='run 7, iteration 12000', and change them with the weights."
+        )
     if world_rank() == 0:
         check_source(config.data)
         _check_output_path(config)
@@ -120,7 +128,7 @@ def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[Score
     total = num_steps(len(samples.tokens), config.run.global_batch_size)
     total = total if config.run.steps is None else min(total, config.run.steps)
     identity = identity_of(
-        model={"weights_fingerprint": weights_fingerprint, "dtype": config.model.dtype},
+        model={"weights_fingerprint": weights_fingerprint, "dtype": config.model.dtype, **source.identity()},
         data={
             "fingerprint": samples.fingerprint,
             "sequence_length": config.data.sequence_length,
@@ -133,6 +141,7 @@ def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[Score
             "loss": config.run.loss,
             # The same scores, but half of them after half of the run: one can't go on where the other stopped.
             "blockwise": config.run.blockwise,
+            "megascore": installed_versions()["megascore"],
         },
         scores=[{"target": r.target, "method": r.method, **dict(r.options)} for r in requests],
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megascore.scoring.recipes import check_iterations, resolve_scores
 from megascore.scoring.report import render_scores
 from megascore.scoring.run import ScoringRun
 from megascore.scoring.score_file import Scores
+from megascore.scoring.signals import Signals
 
 __all__ = ["run_job"]
 
@@ -58,11 +60,17 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
         return None
     timeout = timedelta(minutes=config.run.timeout_minutes)
     device = local_device(config.run.device)
-    with _quiet_megatron(), parallel_world(config.parallel, device, timeout):
+    folder = config.run.checkpoint_dir
+    # Signals are noted from the beginning: joining the others and reading the data take a while.
+    with (
+        _quiet_megatron(),
+        nullcontext() if folder is None else Signals() as signals,
+        parallel_world(config.parallel, device, timeout),
+    ):
         source = agree("checking the job", lambda: check_job(config))
-        if config.run.checkpoint_dir is None:
+        if folder is None:
             return _run(config, source, device, console, None)
-        with Checkpointer(_checkpoint_plan(config, config.run.checkpoint_dir), console) as checkpoints:
+        with Checkpointer(_checkpoint_plan(config, folder), console, signals=signals) as checkpoints:
             return _run(config, source, device, console, checkpoints)
 
 
@@ -77,9 +85,14 @@ def _run(
         if finished is not None:
             if world_rank() == 0:
                 console.print(f"{config.run.output} holds the finished scores of this run: nothing to do.")
+            checkpoints.note_finished()
             return finished
         agree("checking the output", lambda: check_output(config))
         snapshot = checkpoints.find(inputs.identity)
+        if snapshot is None:
+            # From here on a watcher sees the run. One that goes on says so when its checkpoint has been found to fit.
+            checkpoints.begin(inputs.total_steps, None, _facts(config))
+        checkpoints.stop_if_asked()
     if config.run.blockwise:
         scores = run_blockwise(config, inputs, requests, device, console, checkpoints, snapshot)
         return _write(config, scores, console, checkpoints)
@@ -89,8 +102,8 @@ def _run(
         if snapshot is not None:
             run.restore(snapshot.states, snapshot.step)
         if checkpoints is not None:
-            facts = {"output": config.run.output, "layout": dict(run.view.layout)}
-            checkpoints.begin(inputs.total_steps, snapshot, facts)
+            checkpoints.stop_if_asked()
+            checkpoints.begin(inputs.total_steps, snapshot, _facts(config))
         loss = run_steps(config, run, chunks, inputs.samples, inputs.total_steps, console, checkpoints, snapshot)
     return _write(config, run.finish({"loss": loss}), console, checkpoints)
 
@@ -124,6 +137,11 @@ def _load_model(config: JobConfig, inputs: JobInputs, device: torch.device) -> l
     return chunks
 
 
+def _facts(config: JobConfig) -> dict[str, Any]:
+    """Return what the progress file says of the job."""
+    return {"output": config.run.output, "layout": asdict(config.parallel)}
+
+
 def _checkpoint_plan(config: JobConfig, folder: str) -> CheckpointPlan:
     return CheckpointPlan(
         Path(folder),
@@ -131,5 +149,5 @@ def _checkpoint_plan(config: JobConfig, folder: str) -> CheckpointPlan:
         seconds=config.run.checkpoint_seconds,
         afresh=config.run.resume == "never",
         # Before the other ranks stop waiting, so that all end with the error of the storage.
-        storage_seconds=config.run.timeout_minutes * 60 / 2,
+        storage_seconds=config.run.timeout_minutes * 60 / 4,
     )

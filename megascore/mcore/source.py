@@ -7,8 +7,8 @@ source is made and checked, on every rank and without collectives, so that ranks
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +45,9 @@ class Builder(Protocol):
     @property
     def vocab_size(self) -> int | None:
         """Tokens that it has; None where only the built model knows."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what tells this model from others of the same weights, as plain values. Not collective."""
 
     def check(self, parallel: ParallelConfig) -> None:
         """Raise where the model does not split so. Not collective."""
@@ -97,6 +100,10 @@ class ModelSource:
     def vocab_size(self) -> int | None:
         """Tokens that it has; None where only the built model knows."""
         return self.builder.vocab_size
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what tells this model from others of the same weights, as plain values. Not collective."""
+        return self.builder.identity()
 
     def check(self, parallel: ParallelConfig) -> None:
         """Check all that can be known before the model is built. Not collective.
@@ -164,7 +171,7 @@ def model_source(config: ModelConfig) -> ModelSource:
     checkpoint = None if config.load is None else MegatronCheckpoint(config.load)
     if config.provider is not None:
         builder = ProviderBuilder(config.provider)
-        weights = ProviderWeights(builder) if checkpoint is None else _MegatronWeights(checkpoint)
+        weights = ProviderWeights(builder, config.fingerprint) if checkpoint is None else _MegatronWeights(checkpoint)
         return ModelSource(builder, weights, config.hf)
     if config.hf is not None:
         return _from_hugging_face(config.hf, checkpoint)
@@ -210,6 +217,9 @@ class _ArchitectureBuilder:
     def vocab_size(self) -> int | None:
         return self.architecture.vocab_size
 
+    def identity(self) -> Mapping[str, Any]:
+        return {"architecture": _plain(asdict(self.architecture))}
+
     def check(self, parallel: ParallelConfig) -> None:
         check_divisible(self.architecture, parallel)
 
@@ -247,3 +257,14 @@ class _MegatronWeights:
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of an architecture as JSON has it; functions and types by their names."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__qualname__", None) or str(value)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +65,10 @@ class BridgeBuilder:
     def vocab_size(self) -> int | None:
         """Not known before the model is built: Megatron-Bridge pads it."""
         return None
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return a SHA-256 of the model's ``config.json``, from which Megatron-Bridge builds it."""
+        return {"config": hashlib.sha256((Path(self.directory) / "config.json").read_bytes()).hexdigest()}
 
     def check(self, parallel: ParallelConfig) -> None:
         """Megatron-Bridge checks the layout when it builds."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,10 @@ class ProviderBuilder:
                 f"model.provider={provider} needs {', '.join(needed)}: it is given those that it declares of "
                 f"{', '.join((*PER_CHUNK, *PER_JOB))}."
             )
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the function's name: what it builds is its own affair."""
+        return {"provider": self.name}
 
     def check(self, parallel: ParallelConfig) -> None:
         """Check what can be known before the call.
@@ -202,6 +206,8 @@ class ProviderWeights:
     """Weights that the function has put into the model itself."""
 
     builder: ProviderBuilder
+    known_as: str | None
+    """What the user says of them (``model.fingerprint``)."""
 
     def check(self) -> None:
         """There is nothing to check."""
@@ -211,5 +217,5 @@ class ProviderWeights:
         return 0
 
     def fingerprint(self) -> str:
-        """Return that they are not known: nothing says where the function has them from."""
-        return f"not known: made by {self.builder.name}"
+        """Return what the user says of them: nothing else tells where the function has them from."""
+        return self.known_as or f"not known: made by {self.builder.name}"

@@ -109,7 +109,9 @@ def collective_device() -> torch.device:
     """Return where the tensors of a collective over the world must be: NCCL knows no host memory."""
     if world_size() == 1:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if "nccl" in str(dist.get_backend()) else torch.device("cpu")
+    )
 
 
 @dataclass(frozen=True)

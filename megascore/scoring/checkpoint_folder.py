@@ -22,14 +22,17 @@ from megascore.files import write_whole
 from megascore.scoring.snapshot import Snapshot
 from megascore.scoring.tensor_file import DamagedFile
 
-__all__ = ["CheckpointFolder", "Found", "is_in_use"]
+__all__ = ["PROGRESS_NAME", "CheckpointFolder", "Found", "is_in_use"]
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and one before it in case the storage damages the newest."""
-_NAME = re.compile(r"step-(\d{8})(?:-block-(\d{4}))?\.safetensors")
+_NAME = re.compile(r"megascore-step-(\d{8})(?:-block-(\d{4}))?\.safetensors")
 LOCK_NAME = "lock"
-_LOCK_SECONDS = 2.0
-"""A process that was just killed may hold its lock for a moment, and so does one that asks who has it."""
+PROGRESS_NAME = "progress.json"
+_AFRESH = "afresh"
+"""File that says which launch has dropped all that was here before it."""
+_LOCK_SECONDS = 5.0
+"""A process that was just killed, or a child of it, may hold its lock for a moment, and so does one that asks."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,27 @@ class CheckpointFolder:
                 other.unlink(missing_ok=True)
         return path
 
-    def drop_all(self) -> None:
-        """Remove all checkpoints: the user asked to start afresh."""
-        for path in self.checkpoints():
+    def start_afresh(self, launch: str, *, is_restart: bool) -> list[Path]:
+        """Remove what earlier runs left here, once for each launch: its own restarts go on from its own checkpoints.
+
+        Args:
+            launch: What tells this launch of the program from others.
+            is_restart: Whether the launcher itself has started the ranks again.
+
+        Returns:
+            The checkpoints that were removed.
+        """
+        marker = self.path / _AFRESH
+        if marker.is_file() and (is_restart or marker.read_text(encoding="utf-8") == launch):
+            return []
+        # The marker is there only while everything older is gone.
+        marker.unlink(missing_ok=True)
+        (self.path / PROGRESS_NAME).unlink(missing_ok=True)
+        dropped = self.checkpoints()
+        for path in dropped:
             path.unlink(missing_ok=True)
+        write_whole(marker, launch.encode(), make_folder=False)
+        return dropped
 
     def last_good(self) -> Path | None:
         """Return the newest checkpoint that this run wrote or went on from."""
@@ -190,7 +210,7 @@ class CheckpointFolder:
 
 def _name_of(snapshot: Snapshot) -> str:
     block = f"-block-{snapshot.cursor['block']:04d}" if "block" in snapshot.cursor else ""
-    return f"step-{snapshot.step:08d}{block}.safetensors"
+    return f"megascore-step-{snapshot.step:08d}{block}.safetensors"
 
 
 def is_in_use(path: str | Path) -> bool:

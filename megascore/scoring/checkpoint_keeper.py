@@ -7,16 +7,17 @@ still wait for it. Nothing here talks to other ranks.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megascore.errors import CheckpointError
-from megascore.scoring.checkpoint_folder import CheckpointFolder, Found
+from megascore.errors import CheckpointError, ConfigError
+from megascore.scoring.checkpoint_folder import PROGRESS_NAME, CheckpointFolder, Found
 from megascore.scoring.deadline import within
 from megascore.scoring.snapshot import Snapshot, differences
-from megascore.scoring.status import PROGRESS_NAME, RunState, StatusFile, read_status
+from megascore.scoring.status import RunState, StatusFile, read_status
 
 __all__ = ["CheckpointKeeper", "CheckpointPlan"]
 
@@ -34,8 +35,20 @@ class CheckpointPlan:
     """Time between checkpoints, by rank 0's clock."""
     afresh: bool = False
     """Drop the checkpoints that are there."""
-    storage_seconds: float = 300.0
-    """How long the storage may take to answer; less than ranks wait for each other."""
+    storage_seconds: float = 150.0
+    """How long the storage may take to answer; several answers must fit into what ranks wait for each other."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing.
+
+        Raises:
+            ConfigError: an interval below 1, or a time that is not positive.
+        """
+        if self.interval is not None and self.interval < 1:
+            raise ConfigError(f"the interval between checkpoints is {self.interval}: expected at least 1 step.")
+        for name, value in (("between checkpoints", self.seconds), ("for the storage", self.storage_seconds)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"the time {name} is {value} s: expected a positive number.")
 
 
 class CheckpointKeeper:
@@ -109,6 +122,29 @@ class CheckpointKeeper:
         finished = {"eta_seconds": 0} if state is RunState.FINISHED else {}
         self.note({"state": state.value, "error": error, **finished}, now=True)
 
+    def note_finished(self) -> None:
+        """Let a progress file say that the run is finished, where the run was killed just before it would have."""
+        folder = self._plan.folder
+
+        def mend() -> None:
+            try:
+                state = read_status(folder)["state"]
+            except CheckpointError:
+                state = None
+            if state != RunState.FINISHED.value:
+                status = StatusFile(folder, 0, {})
+                status.update({"state": RunState.FINISHED.value, "eta_seconds": 0}, now=True)
+
+        self._storage(f"writing {PROGRESS_NAME}", mend)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the progress file says that the run is finished."""
+        try:
+            return bool(read_status(self._plan.folder)["state"] == RunState.FINISHED.value)
+        except CheckpointError:
+            return False
+
     @property
     def _open_folder(self) -> CheckpointFolder:
         assert self._folder is not None
@@ -116,13 +152,14 @@ class CheckpointKeeper:
 
     def _find(self, identity: Mapping[str, Any]) -> Found | None:
         folder = self._open_folder
-        # A restart by torchrun goes on, also where the user wanted the run to begin afresh.
-        if self._plan.afresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            folder.drop_all()
-            return None
+        if self._plan.afresh:
+            is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            for path in folder.start_afresh(_launch(), is_restart=is_restart):
+                self._say(f"dropped {path}: run.resume=never")
         found = folder.newest()
         if found is None:
             self._refuse_lost_checkpoints()
+            self._say(f"no checkpoint in {self._plan.folder.resolve()}: starting from the beginning")
             return None
         other = differences(found.snapshot.identity, identity)
         if other:
@@ -139,7 +176,12 @@ class CheckpointKeeper:
     def _refuse_lost_checkpoints(self) -> None:
         if not (self._plan.folder / PROGRESS_NAME).is_file():
             return
-        last = read_status(self._plan.folder).get("last_checkpoint")
+        try:
+            last = read_status(self._plan.folder).get("last_checkpoint")
+        except CheckpointError as error:
+            # It is written without waiting for the disk until a checkpoint is there.
+            self._say(f"{error} It is made again.")
+            return
         if last is not None:
             raise CheckpointError(
                 f"{self._plan.folder} has no checkpoint, but its {PROGRESS_NAME} tells of {last.get('file')}: it was "
@@ -157,3 +199,12 @@ class CheckpointKeeper:
                 f"{what} failed in {self._plan.folder} (run.checkpoint_dir), on rank 0: {error.strerror or error}; "
                 f"{stands}. Mend the storage and run the same command: it goes on from there."
             ) from error
+
+
+def _launch() -> str:
+    """Return what tells this launch of the program from others, the same for all restarts that belong to it.
+
+    A requeued Slurm job is one launch; else that is the process that started rank 0: torchrun's agent, or a shell.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"Slurm job {job}" if job else f"process {os.getppid()} on {socket.gethostname()}"

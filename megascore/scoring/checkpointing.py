@@ -45,23 +45,34 @@ class Checkpointer:
     `Preempted`, and SIGUSR2 makes them save and go on.
     """
 
-    def __init__(self, plan: CheckpointPlan, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        plan: CheckpointPlan,
+        console: Console,
+        *,
+        signals: Signals | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Prepare; the folder is opened by ``with``.
 
         Args:
             plan: The same on all ranks.
             console: Where rank 0 says what it saved.
+            signals: Noted already since earlier; otherwise they are from ``with`` on.
             clock: Seconds, for tests.
         """
         self._plan = plan
         self._console = console
         self._clock = clock
-        self._signals = Signals()
+        self._owns_signals = signals is None
+        self._signals = signals or Signals()
         self._keeper: CheckpointKeeper | None = None
         self._note_error: CheckpointError | None = None
         self._identity: Mapping[str, Any] = {}
         self._saved_cursor: Mapping[str, int] = {}
         self._total_steps = 1
+        self.was_finished = False
+        """Whether an earlier start has finished the run; known from `find` on."""
         self._saved_at = clock()
         self._save_took = 0.0
 
@@ -77,14 +88,16 @@ class Checkpointer:
                 self._keeper = CheckpointKeeper(self._plan, self._say)
 
         agree("opening the checkpoint folder", open_folder)
-        self._signals.__enter__()
+        if self._owns_signals:
+            self._signals.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Say in the progress file how it ended, and release the folder. Not collective."""
-        self._signals.__exit__(kind, error, trace)
+        if self._owns_signals:
+            self._signals.__exit__(kind, error, trace)
         if self._keeper is None:
             return
         try:
@@ -111,6 +124,9 @@ class Checkpointer:
             CheckpointError: there is a checkpoint, and it is damaged or another run's; every difference is named.
         """
         self._identity = identity
+        self.was_finished = bool(
+            broadcast_object(self._on_rank_0("looking at the folder", lambda keeper: keeper.is_finished))
+        )
         found = self._on_rank_0("looking for a checkpoint", lambda keeper: keeper.find(identity))
         data = broadcast_object(found.data if found is not None else None)
         if data is None:
@@ -162,18 +178,40 @@ class Checkpointer:
         if failed:
             agree(f"telling the progress at {describe_cursor(cursor)}", self._raise_note_error)
         stops = bool(stop) and not is_last
-        if (save or stops) and dict(cursor) != self._saved_cursor and any(cursor.values()):
+        # Also at the end: what comes after it may fail, or be cut short.
+        if (save or stops or is_last) and dict(cursor) != self._saved_cursor and any(cursor.values()):
             self._save(run, cursor, sums)
         if stops:
-            self._on_rank_0("ending the progress file", lambda keeper: keeper.end(RunState.STOPPED))
-            raise Preempted(
-                f"stopped by {signal.Signals(stop).name} after {describe_cursor(cursor)}; everything is saved in "
-                f"{self._plan.folder}, and the same command goes on from there."
-            )
+            self._stop(stop, cursor)
+
+    def stop_if_asked(self) -> None:
+        """Stop if a signal asked for it, before the first step. Collective over the world: one small all-reduce.
+
+        Raises:
+            Preempted: a signal came; nothing was begun that is not saved.
+        """
+        stop = max_over_world([int(self._signals.stop or 0)])[0]
+        if stop:
+            self._stop(stop, self._saved_cursor)
 
     def finish(self) -> None:
         """Say that the result is written. Collective over the world."""
         self._on_rank_0("ending the progress file", lambda keeper: keeper.end(RunState.FINISHED))
+
+    def note_finished(self) -> None:
+        """Let the folder say that the run is finished, as its result shows. Collective over the world."""
+        self._on_rank_0("ending the progress file", lambda keeper: keeper.note_finished())
+
+    def _stop(self, number: int, cursor: Mapping[str, int]) -> None:
+        self._on_rank_0("ending the progress file", lambda keeper: keeper.end(RunState.STOPPED))
+        name = signal.Signals(number).name
+        again = "the same command" if not self._plan.afresh else "the same command with run.resume=auto"
+        if not any(cursor.values()):
+            raise Preempted(f"stopped by {name} before anything was done; {again} begins again.")
+        raise Preempted(
+            f"stopped by {name} after {describe_cursor(cursor)}; everything is saved in {self._plan.folder}, and "
+            f"{again} goes on from there."
+        )
 
     def _is_due(self, cursor: Mapping[str, int]) -> bool:
         """Tell whether a checkpoint is due: by request on any rank, by steps and clock on rank 0."""

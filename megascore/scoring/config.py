@@ -36,6 +36,9 @@ class ModelConfig:
     """Megatron checkpoint in the torch_dist format: the folder of an iteration, or the one above with the latest."""
     provider: str | None = None
     """``package.module:function`` that returns the model of a rank, such as Megatron-LM's ``model_provider``."""
+    fingerprint: str | None = None
+    """What tells the weights of ``provider`` without ``load`` from others, in words of your own; needed with
+    run.checkpoint_dir, as nothing else would notice that they are not those of the checkpoint."""
     dtype: str = "bfloat16"
     """Data type of weights and activations: float32, bfloat16, float16 or float64."""
 

@@ -14,11 +14,10 @@ from typing import Any
 
 from megascore.errors import CheckpointError
 from megascore.files import write_whole
-from megascore.scoring.checkpoint_folder import is_in_use
+from megascore.scoring.checkpoint_folder import PROGRESS_NAME, is_in_use
 
 __all__ = ["PROGRESS_NAME", "RunState", "StatusFile", "read_status"]
 
-PROGRESS_NAME = "progress.json"
 _WRITE_SECONDS = 1.0
 """Least time between two writes in one state."""
 
@@ -77,9 +76,9 @@ class StatusFile:
         self._content.update(entries)
         if now or time.monotonic() - self._written >= _WRITE_SECONDS:
             self._content["updated"] = _now()
-            # Not synced: it tells nothing that a resume needs, and a run should not wait for a disk at every step.
             content = json.dumps(self._content, indent=1).encode()
-            write_whole(self._path, content, make_folder=False, sync=False)
+            # A run should not wait for a disk at every step, only where the state changes or a checkpoint was made.
+            write_whole(self._path, content, make_folder=False, sync=now)
             self._written = time.monotonic()
 
 

@@ -42,7 +42,7 @@ def torchrun(job: Job, *options: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def wait_for_checkpoint(job: Job) -> None:
     deadline = time.monotonic() + 120
-    while not any(job.checkpoints.glob("step-*")):
+    while not any(job.checkpoints.glob("megascore-step-*")):
         assert time.monotonic() < deadline, (job.folder / "log.txt").read_text()
         time.sleep(0.002)
 

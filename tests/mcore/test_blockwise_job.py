@@ -233,7 +233,7 @@ def test_weights_that_are_gone_when_it_is_their_turn_end_all_ranks_and_lose_noth
     assert "RankFailure: reading the weights of layer 1 failed on rank 0" in told[1]
     shutil.copy(model_root / "llama" / "model.safetensors", job.folder / "model")
     shown = world.run(1, run_on_rank, job, (BLOCKWISE, f"model.hf={job.folder / 'model'}"))
-    assert "step-00000000-block-0001.safetensors, block 1" in shown[0]
+    assert "megascore-step-00000000-block-0001.safetensors, block 1" in shown[0]
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
 
 

@@ -87,7 +87,7 @@ def test_a_run_that_was_stopped_after_a_layer_goes_on_in_another_layout(
     job = copy_of(stopped, tmp_path / "run", model_root)
     world_size, overrides = LAYOUTS[layout]
     shown = world.run(world_size, run_on_rank, job, (BLOCKWISE, *overrides))
-    assert "step-00000000-block-0001.safetensors, block 1" in shown[0]
+    assert "megascore-step-00000000-block-0001.safetensors, block 1" in shown[0]
     # What was done is not scored again: each layer that was left and what follows them save once more.
     assert shown[0].count("checkpoint of block") == NUM_LAYERS
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
@@ -101,7 +101,8 @@ def test_a_run_goes_on_from_every_block_and_from_the_midst_of_one(
     for block, step, layout in ((0, 2, "PP 2"), (1, 3, "TP 2 and SP"), (2, 0, "PP 2"), (4, 5, "TP 2 and SP")):
         world_size, overrides = LAYOUTS[layout]
         told = world.run(world_size, stop_on_rank, job, block, step, overrides)
-        assert f"Preempted: stopped by SIGTERM after block {block};" in told[0], told
+        where = f"after block {block};" if block else "before anything was done;"
+        assert f"Preempted: stopped by SIGTERM {where}" in told[0], told
         status = read_status(job.checkpoints)
         assert (status["state"], status["block"], status["step"]) == (RunState.STOPPED.value, block, step)
         assert status["total_blocks"] == NUM_LAYERS

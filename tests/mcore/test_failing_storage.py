@@ -85,7 +85,7 @@ def test_all_ranks_end_with_one_error_and_the_last_good_checkpoint_stands(
         assert f"checkpoint of step {FAILING_STEP}" in told
         assert f"failed in {job.checkpoints} (run.checkpoint_dir), on rank 0" in told
         assert "the last good checkpoint is" in told
-        assert "step-00000003.safetensors" in told
+        assert "megascore-step-00000003.safetensors" in told
     assert ["CheckpointError" in told for told in results] == [True, False]
     assert not job.output.exists()
     if failure == "vanished":
@@ -95,7 +95,7 @@ def test_all_ranks_end_with_one_error_and_the_last_good_checkpoint_stands(
         assert read_status(job.checkpoints)["state"] == RunState.FAILED.value
     # The same command goes on when the storage is mended.
     told = world.run(2, run_on_rank, job, ["parallel.tensor=2"])[0]
-    assert f"step-{FAILING_STEP - 1:08d}.safetensors, step {FAILING_STEP - 1}" in told
+    assert f"megascore-step-{FAILING_STEP - 1:08d}.safetensors, step {FAILING_STEP - 1}" in told
     undisturbed = make_job(tmp_path / "undisturbed", model_root)
     world.run(2, run_on_rank, undisturbed, ["parallel.tensor=2"])
     assert_same_scores(job.scores(), undisturbed.scores(), 1e-14)

@@ -99,7 +99,7 @@ def test_no_rank_waits_for_a_silent_one_longer_than_the_config_says(model_root: 
     job = make_job(tmp_path / "run", model_root, "float32")
     job.config.write_text(job.config.read_text().replace("timeout_minutes: 1", "timeout_minutes: 0.05"))
     ranks = start(job)
-    while not (job.checkpoints / "step-00000001.safetensors").exists():
+    while not (job.checkpoints / "megascore-step-00000001.safetensors").exists():
         time.sleep(0.002)
     ranks.signal(1, signal.SIGSTOP)
     codes = ranks.wait()

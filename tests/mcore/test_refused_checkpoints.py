@@ -123,7 +123,7 @@ def rename_tensors(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (truncate, "is whole (step-00000003.safetensors can't be read"),
+    "truncated": (truncate, "is whole (megascore-step-00000003.safetensors can't be read"),
     "foreign": (rename_tensors, "is a safetensors file, but no checkpoint of a run"),
     "a hook without state": (
         drop_a_hook,
@@ -139,7 +139,7 @@ def test_damage_is_refused_on_all_ranks_and_nothing_changes(
     damage: str, world_size: int, stopped: Job, world: WorkerPool
 ) -> None:
     function, words = DAMAGES[damage]
-    for path in stopped.checkpoints.glob("step-*"):
+    for path in stopped.checkpoints.glob("megascore-step-*"):
         function(path)
     before = contents(stopped.checkpoints)
     told = world.run(world_size, run_on_rank, stopped, [f"parallel.tensor={world_size}"])
@@ -151,20 +151,20 @@ def test_damage_is_refused_on_all_ranks_and_nothing_changes(
 def test_a_damaged_newest_one_gives_way_and_the_scores_are_the_same(
     stopped: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
-    truncate(stopped.checkpoints / "step-00000003.safetensors")
+    truncate(stopped.checkpoints / "megascore-step-00000003.safetensors")
     told = world.run(1, run_on_rank, stopped)[0]
-    assert "damaged checkpoint left out: step-00000003.safetensors" in told
-    assert "step-00000002.safetensors, step 2" in told
+    assert "damaged checkpoint left out: megascore-step-00000003.safetensors" in told
+    assert "megascore-step-00000002.safetensors, step 2" in told
     undisturbed = make_job(tmp_path / "undisturbed", model_root)
     world.run(1, run_on_rank, undisturbed)
     assert_same_scores(stopped.scores(), undisturbed.scores(), 1e-12)
 
 
 def test_checkpoints_that_were_removed_are_missed(stopped: Job, world: WorkerPool) -> None:
-    for path in stopped.checkpoints.glob("step-*"):
+    for path in stopped.checkpoints.glob("megascore-step-*"):
         path.unlink()
     told = world.run(1, run_on_rank, stopped)[0]
-    assert "has no checkpoint, but its progress.json tells of step-00000003.safetensors" in told
+    assert "has no checkpoint, but its progress.json tells of megascore-step-00000003.safetensors" in told
     assert not stopped.output.exists()
 
 
@@ -182,6 +182,42 @@ def test_a_finished_run_says_so_and_leaves_its_result_alone(stopped: Job, world:
     assert stopped.output.read_bytes() == before
     assert (stopped.checkpoints / "progress.json").read_bytes() == status
     assert read_status(stopped.checkpoints)["state"] == RunState.FINISHED.value
+
+
+def test_a_run_killed_just_before_it_would_say_finished_says_so_when_it_is_started_again(
+    stopped: Job, world: WorkerPool
+) -> None:
+    world.run(1, run_on_rank, stopped)
+    progress = stopped.checkpoints / "progress.json"
+    progress.write_text(progress.read_text().replace('"finished"', '"running"'))
+    assert read_status(stopped.checkpoints)["state"] == RunState.INTERRUPTED.value
+    assert "holds the finished scores" in world.run(2, run_on_rank, stopped)[0]
+    assert read_status(stopped.checkpoints)["state"] == RunState.FINISHED.value
+
+
+def test_another_architecture_with_the_same_weights_is_refused(
+    stopped: Job, tmp_path: Path, model_root: Path, world: WorkerPool
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_root / "llama", other)
+    config = json.loads((other / "config.json").read_text())
+    config["rms_norm_eps"] = 3e-5
+    (other / "config.json").write_text(json.dumps(config))
+    told = world.run(1, run_on_rank, stopped, [f"model.hf={other}"])[0]
+    assert "model.architecture" in told
+    assert "3e-05 here" in told
+
+
+def test_starting_afresh_goes_on_after_a_death_while_loading(stopped: Job, world: WorkerPool) -> None:
+    """What was dropped is not missed by the next start."""
+    from megascore.scoring.checkpoint_folder import CheckpointFolder
+
+    with CheckpointFolder(stopped.checkpoints) as folder:
+        folder.start_afresh("a launch that died", is_restart=False)
+    told = world.run(1, run_on_rank, stopped)[0]
+    assert "no checkpoint in" in told
+    assert "starting from the beginning" in told
+    assert stopped.output.exists()
 
 
 def test_a_finished_result_of_another_run_is_not_taken_for_this_ones(stopped: Job, world: WorkerPool) -> None:

@@ -88,7 +88,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_pa
         write_steps(path, 4)
         assert newest_step(path) == 4
         assert sorted(name.name for name in path.iterdir()) == sorted(
-            ["lock", f"step-0000000{seen[-1]}.safetensors", "step-00000004.safetensors"]
+            ["lock", f"megascore-step-0000000{seen[-1]}.safetensors", "megascore-step-00000004.safetensors"]
         )
         number += 1
     assert len(seen) > 30, "every step of the way should be a place to be killed at"
@@ -100,41 +100,41 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2, 3, 4)
     with CheckpointFolder(tmp_path) as folder:
         names = [path.name for path in folder.checkpoints()]
-    assert names == ["step-00000003.safetensors", "step-00000004.safetensors"]
+    assert names == ["megascore-step-00000003.safetensors", "megascore-step-00000004.safetensors"]
 
 
 def test_a_damaged_newest_gives_way_to_the_one_before_it_and_says_so(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
-    damage(tmp_path / "step-00000002.safetensors")
+    damage(tmp_path / "megascore-step-00000002.safetensors")
     with CheckpointFolder(tmp_path) as folder:
         found = folder.newest()
         assert found is not None
         assert found.snapshot.step == 1
-        assert found.skipped == ("step-00000002.safetensors doesn't match its own checksum",)
+        assert found.skipped == ("megascore-step-00000002.safetensors doesn't match its own checksum",)
         # The next one takes the damaged one's place, and the good one before it stays.
         folder.trust(found)
         folder.write(snapshot(2), snapshot(2).to_bytes())
     assert newest_step(tmp_path) == 2
-    assert (tmp_path / "step-00000001.safetensors").exists()
+    assert (tmp_path / "megascore-step-00000001.safetensors").exists()
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, -1])
 def test_truncated_checkpoints_alone_are_refused_and_nothing_changes(length: int, tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
-    for path in tmp_path.glob("step-*"):
+    for path in tmp_path.glob("megascore-step-*"):
         path.write_bytes(path.read_bytes()[:length])
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("step-*")}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("megascore-step-*")}
     folder = CheckpointFolder(tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint in .* is whole \(step-00000002.safetensors can't be read"
+        CheckpointError, match=r"no checkpoint in .* is whole \(megascore-step-00000002.safetensors can't be read"
     ):
         folder.newest()
     folder.close()
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("step-*")} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("megascore-step-*")} == before
 
 
 def test_a_foreign_file_is_refused_by_what_it_is(tmp_path: Path) -> None:
-    save_file({"weight": torch.ones(2)}, tmp_path / "step-00000009.safetensors")
+    save_file({"weight": torch.ones(2)}, tmp_path / "megascore-step-00000009.safetensors")
     words = "is a safetensors file, but no checkpoint of a run"
     with CheckpointFolder(tmp_path) as folder, pytest.raises(CheckpointError, match=words):
         folder.newest()
@@ -202,3 +202,22 @@ def test_every_difference_between_two_runs_is_named() -> None:
     assert [text.split(" is ")[0] for text in told] == ["model.weights", "scores[0].target", "scores[1].target"]
     assert "scores[1].target is 'not given' there, 'layers' here" in told
     assert differences(own, own) == []
+
+
+def test_starting_afresh_drops_what_was_there_once_for_each_launch(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2)
+    (tmp_path / "progress.json").write_text("{}")
+    foreign = tmp_path / "step-00000001.safetensors"
+    foreign.write_text("somebody else's")
+    with CheckpointFolder(tmp_path) as folder:
+        # Also where the launcher restarts ranks that had died before they came to this.
+        assert len(folder.start_afresh("a", is_restart=True)) == 2
+        assert folder.newest() is None
+        assert not (tmp_path / "progress.json").exists()
+    assert foreign.exists()
+    write_steps(tmp_path, 3)
+    with CheckpointFolder(tmp_path) as folder:
+        assert folder.start_afresh("a", is_restart=False) == []
+        assert folder.start_afresh("b", is_restart=True) == []
+        assert folder.newest() is not None
+        assert len(folder.start_afresh("b", is_restart=False)) == 1
