@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megascore.capture import TensorStore
+from megascore.capture.block_inputs import refuse_single_tensor
 from megascore.errors import ConfigError
 from megascore.parallel.comm import agree
 from megascore.scoring.blockwise import BlockwiseOptions, score_blocks
@@ -99,12 +100,14 @@ def score_blockwise(
         metadata: JSON-able entries for the score file.
 
     Raises:
-        ConfigError: unknown scores, or iterations that are no multiple of the number of batches.
+        ConfigError: unknown scores, iterations that are no multiple of the number of batches, one tensor in place of
+            batches, or a device that is not there.
         DataError: no batches, other numbers of them on other ranks, or a spool folder that is full or damaged.
         ModelError: no such blocks, or blocks that are not reached as they are given; a checkpoint that does not fit;
             or, with ``cache_block_outputs``, a model for which that gives something else than a full pass.
     """
     requests = resolve_scores(scores)
+    agree("looking at the batches", lambda: refuse_single_tensor(batches))
     if isinstance(model, (str, Path)):
         folder = model
         weights = folder if weights is None else weights

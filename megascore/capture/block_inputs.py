@@ -7,14 +7,15 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from megascore.capture.caches import refuse_caches, without_caches
 from megascore.capture.calls import BlockCall, StoredCalls
 from megascore.capture.nested import nested_move_to
 from megascore.capture.stores import TensorStore
 from megascore.capture.surroundings import without_compiling
-from megascore.errors import ModelError
+from megascore.errors import ConfigError, ModelError
 
 __all__ = ["BlockInputCapture", "Halt", "capture_block_inputs", "run_model"]
 
@@ -50,6 +51,10 @@ class BlockInputCapture:
       with ``halt=False`` a second one is an error.
     - Captured tensors are detached, and normal tensors also where the pass ran in inference mode. The modes of the
       caller (`torch.no_grad`, inference mode, autocast) hold in the pass, and are as before after it.
+    - A block that is given a cache of keys and values (`transformers.DynamicCache`) is refused, as the cache would hold
+      those of all layers before, outside of the store, and grow whenever the block runs on what was kept. The model's
+      own settings are left alone here: a model of transformers makes a cache unless it is called with
+      ``use_cache=False``, or has that in its config. `capture_block_inputs` sees to it by itself.
     - A compiled model runs uncompiled here, as a hook that is put on it later would go unheard.
     - Halting or not, the hook is gone when the ``with`` block is left, however that happens.
     """
@@ -78,7 +83,13 @@ class BlockInputCapture:
         self._num_reached = 0
 
     def __enter__(self) -> BlockInputCapture:
-        """Put the hook on."""
+        """Put the hook on.
+
+        Raises:
+            ModelError: it is on.
+        """
+        if self._handle is not None:
+            raise ModelError("this BlockInputCapture has its hook on already: leave its 'with' block before the next.")
         # First of all hooks of the block: others may do work that is not needed when the pass ends here.
         self._handle = self._block.register_forward_pre_hook(self._observe, prepend=True, with_kwargs=True)
         return self
@@ -95,8 +106,8 @@ class BlockInputCapture:
         """Run one forward pass, ``forward(*args, **kwargs)``, until it reaches the block.
 
         Raises:
-            ModelError: the block was not reached, or more than once in a pass that was not halted, or the model caught
-                the halt with a bare ``except``. Nothing of this pass is kept.
+            ModelError: the block was not reached, or more than once in a pass that was not halted, or it was given a
+                cache, or the model caught the halt with a bare ``except``. Nothing of this pass is kept.
         """
         if self._handle is None:
             raise ModelError("BlockInputCapture.run needs its hook: call it inside of 'with capture:'.")
@@ -136,7 +147,9 @@ class BlockInputCapture:
     def _observe(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._num_reached += 1
         if self._num_reached == 1:
-            self.inputs.append(BlockCall(args, kwargs))
+            call = BlockCall(args, kwargs)
+            refuse_caches(call)
+            self.inputs.append(call)
         if self._halts:
             raise Halt(self)
 
@@ -151,12 +164,14 @@ def capture_block_inputs(
 ) -> StoredCalls:
     """Run a model up to one of its blocks, and return what the block is given for each batch.
 
-    Without gradients; the mode of the model (training or not) is left as it is.
+    Without gradients, and without the cache of keys and values that a model of transformers makes; the mode of the
+    model (training or not) is left as it is.
 
     Args:
         model: Called as ``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, else ``model(batch)``.
         block: A module of the model, or its dotted name.
-        batches: Tensors in them are moved to the device of the model's first parameter.
+        batches: For each pass what the model is called with. Tensors in it are moved to the device of the model's first
+            parameter.
         store: Where tensors wait; the host's memory if not given.
         device: Where the calls are given back; the block's own device if not given.
 
@@ -164,10 +179,12 @@ def capture_block_inputs(
         One call for each batch.
 
     Raises:
-        ModelError: there is no such block, or a pass did not reach it.
+        ConfigError: ``batches`` is one tensor.
+        ModelError: there is no such block, or a pass did not reach it, or the batches hold a cache.
     """
+    refuse_single_tensor(batches)
     capture = BlockInputCapture(_find_block(model, block), store=store, device=device)
-    with torch.no_grad(), capture:
+    with torch.no_grad(), without_caches(model), capture:
         for batch in batches:
             capture.run(run_model, model, nested_move_to(batch, device_of(model)))
     return capture.inputs
@@ -180,6 +197,19 @@ def run_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return model(*batch)
     return model(batch)
+
+
+def refuse_single_tensor(batches: object) -> None:
+    """Refuse a tensor in place of batches, whose rows would be taken for batches without a batch dimension.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if isinstance(batches, Tensor):
+        raise ConfigError(
+            f"batches is a tensor {list(batches.shape)}, expected one entry for each batch: give [tokens] for a single "
+            "batch of all samples, or tokens.split(8) for batches of 8."
+        )
 
 
 def device_of(module: nn.Module) -> torch.device:

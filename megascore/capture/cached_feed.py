@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megascore.capture.block_inputs import Halt
+from megascore.capture.caches import refuse_caches
 from megascore.capture.calls import BlockCall
-from megascore.capture.feeds import REPEATED, BlockFeed, Forward, refuse_caches
+from megascore.capture.feeds import REPEATED, BlockFeed, Forward
 from megascore.capture.nested import nested_leaves
 from megascore.capture.stand_ins import ReturnForm, forwards_replaced, hidden_states_of
 from megascore.errors import ModelError

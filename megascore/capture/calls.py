@@ -19,6 +19,8 @@ __all__ = ["HIDDEN_STATES", "BlockCall", "StoredCalls"]
 
 HIDDEN_STATES = "hidden_states"
 """Keyword under which models pass hidden states, where they do not pass them as the first positional argument."""
+READY_BYTES = 1 << 25
+"""Memory on the compute device for other arguments than hidden states that stay there from call to call."""
 NUM_RECENT = 8
 """Calls with different arguments that are remembered, to share them: those of the kinds of layers in a model."""
 
@@ -73,6 +75,9 @@ class StoredCalls(Sequence[BlockCall]):
 
     ``calls[i]`` is a call with its tensors on the compute device; the hidden states are a copy where the store holds
     them there, so that a block may work in place. Tensors are detached. What is no tensor is kept as it is.
+
+    Of the other arguments, which many calls share, the first `READY_BYTES` that are asked for stay on the compute
+    device, so that a rotary table is not read from a file for each call.
     """
 
     def __init__(self, store: TensorStore | None = None, device: torch.device | str = "cpu") -> None:
@@ -88,6 +93,7 @@ class StoredCalls(Sequence[BlockCall]):
         self._hidden_keys: list[str] = []
         self._known: dict[int, tuple[Tensor, _Stored]] = {}
         self._argument_keys: set[str] = set()
+        self._ready: dict[str, Tensor] = {}
         self._recent: deque[BlockCall] = deque(maxlen=NUM_RECENT)
 
     def append(self, call: BlockCall, *, hidden_key: str | None = None) -> None:
@@ -146,6 +152,7 @@ class StoredCalls(Sequence[BlockCall]):
         for key in dropped - set(self._hidden_keys) | self._argument_keys - used:
             self._store.drop(key)
         self._argument_keys &= used
+        self._ready = {key: tensor for key, tensor in self._ready.items() if key in used}
         self._known.clear()
 
     def _shared(self, call: BlockCall) -> BlockCall:
@@ -157,7 +164,16 @@ class StoredCalls(Sequence[BlockCall]):
         return call
 
     def _fetch(self, stored: _Stored, hidden: Tensor) -> Tensor:
-        return hidden if stored is _HOLE else self._store.get(stored.key, self._device)
+        if stored is _HOLE:
+            return hidden
+        if stored.key in self._ready:
+            return self._ready[stored.key]
+        # Whoever asks first may be in inference mode, and the next one not.
+        with torch.inference_mode(False):
+            tensor = self._store.get(stored.key, self._device)
+        if tensor.nbytes + sum(ready.nbytes for ready in self._ready.values()) <= READY_BYTES:
+            self._ready[stored.key] = tensor
+        return tensor
 
     def _keep(self, tensor: Tensor) -> _Stored:
         """Store one of the other arguments under a name that says what is in it."""

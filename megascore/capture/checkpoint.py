@@ -88,9 +88,14 @@ class CheckpointFolder:
 
     def _index(self) -> Mapping[str, str]:
         try:
-            weight_map: Mapping[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ModelError(f"{self.folder / INDEX} is no index of weights ({error!r}). Take a good copy.") from error
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ModelError(
+                f"{self.folder / INDEX} is no index of weights: its weight_map is not one of tensor names to file "
+                "names. Take a good copy."
+            )
         return weight_map
 
 

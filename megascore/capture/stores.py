@@ -156,7 +156,8 @@ class SpoolStore(TensorStore):
         is_complex = tensor.is_complex()
         content = bytes_of({"tensor": _storable(tensor)})
         try:
-            write_whole(path, content)
+            # Not synced: nobody reads the file after this process has ended.
+            write_whole(path, content, sync=False)
         except OSError as error:
             raise DataError(
                 f"spool folder {self._folder.parent} took {len(self._files)} tensors, but not one more of "

@@ -9,27 +9,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from megascore.capture.caches import without_caches
+
 __all__ = ["measuring", "without_compiling"]
 
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no generation caches, nothing compiled; all as before afterwards.
-
-    A cache of keys and values would grow with each time that a block is run on the same inputs.
-    """
+    """Evaluation mode, no gradients, no generation caches, nothing compiled; all as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     try:
         model.eval()
-        for config in caching:
-            config.use_cache = False
-        with torch.no_grad(), without_compiling():
+        with torch.no_grad(), without_caches(model), without_compiling():
             yield
     finally:
-        for config in caching:
-            config.use_cache = True
         for module, training in modes:
             module.training = training
 

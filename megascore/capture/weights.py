@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megascore.capture.checkpoint import CheckpointFolder, find_name
-from megascore.errors import ModelError
+from megascore.errors import ConfigError, ModelError
 
 __all__ = ["MovingWeights"]
 
@@ -35,10 +35,10 @@ class MovingWeights:
             folder: Checkpoint folder with the weights on the meta device, if there are some.
 
         Raises:
+            ConfigError: there is no such device.
             ModelError: weights or buffers without content that the folder does not have, or not in this shape.
         """
-        # With its index, as tensors have it.
-        self.device = torch.empty(0, device=device).device
+        self.device = _usable(device)
         self._checkpoint = None if folder is None else CheckpointFolder(folder)
         self._sources = self._find_sources(model)
         self._here: dict[int, Tensor] = {}
@@ -139,7 +139,11 @@ class MovingWeights:
 
     def _like(self, tensor: Tensor, content: Tensor) -> Tensor:
         moved = content.detach().to(self.device, tensor.dtype)
-        return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+        if isinstance(tensor, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+        # What others note on tensors: Megatron, which parameters are split over ranks.
+        moved.__dict__.update(tensor.__dict__)
+        return moved
 
     def _find_sources(self, model: nn.Module) -> dict[int, str]:
         """Return the name in the checkpoint of each tensor without content that is there."""
@@ -161,6 +165,23 @@ class MovingWeights:
                     f"{list(tensor.shape)} for {own_name}: the folder is of another model."
                 )
         return sources
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """Return a device with its index, as tensors have it.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    # PyTorch asserts that it was built for the device.
+    except (AssertionError, ImportError, RuntimeError) as error:
+        told = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device={str(device)!r} cannot be used on this machine: {told}. Give 'cpu', or 'cuda' where there is CUDA "
+            f"({torch.cuda.device_count()} such devices are visible here)."
+        ) from error
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megascore.capture import BlockInputCapture, DeviceStore, HostStore, SpoolStore, capture_block_inputs
-from megascore.errors import ModelError
+from megascore.capture import calls as calls_module
+from megascore.errors import ConfigError, ModelError
 
 
 class Block(nn.Module):
@@ -233,6 +234,55 @@ def test_a_block_that_works_in_place_does_not_spoil_what_is_stored(model: Model)
 def test_running_without_the_hook_is_refused(model: Model) -> None:
     with pytest.raises(ModelError, match="inside of 'with capture:'"):
         BlockInputCapture(model.blocks[0]).run(model, batches(1)[0])
+
+
+def test_entering_again_is_refused_and_leaves_no_hook(model: Model) -> None:
+    capture = BlockInputCapture(model.blocks[0])
+    with capture:
+        with pytest.raises(ModelError, match="has its hook on already"), capture:
+            pass
+        # The one that is there still works.
+        capture.run(model, batches(1)[0])
+    assert len(capture.inputs) == 1
+    assert not model.blocks[0]._forward_pre_hooks
+
+
+def test_one_tensor_is_no_sequence_of_batches(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"batches is a tensor \[2, 3, 4\].*give \[tokens\].*tokens.split"):
+        capture_block_inputs(model, "blocks.0", batches(1)[0])
+
+
+def test_what_calls_share_is_read_from_the_spool_folder_once(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read = SpoolStore(tmp_path), []
+    get = store.get
+
+    def counted(key: str, *args: Any, **kwargs: Any) -> Tensor:
+        read.append(key)
+        return get(key, *args, **kwargs)
+
+    monkeypatch.setattr(store, "get", counted)
+    calls = capture_block_inputs(model, "blocks.0", [batches(1)[0]] * 3, store=store)
+    with torch.inference_mode():
+        first = calls[0]
+    masks = [first.args[1], *(call.args[1] for call in calls)]
+    assert len({id(mask) for mask in masks}) == 1
+    assert not masks[0].is_inference()
+    assert sum(key.startswith("argument-") for key in read) == 1
+    assert sum(key.startswith("hidden-") for key in read) == 4
+    calls.truncate(0)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not calls._ready
+
+
+def test_large_arguments_do_not_stay_on_the_device(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "READY_BYTES", 3 * 4 + 4 * 4)
+    # Masks of 3, 4 and 5 numbers: the first two fit.
+    calls = capture_block_inputs(model, "blocks.0", batches(3))
+    for _ in range(2):
+        assert [call.args[1].shape[0] for call in calls] == [3, 4, 5]
+    assert sorted(len(tensor) for tensor in calls._ready.values()) == [3, 4]
 
 
 def test_no_such_block_is_told(model: Model) -> None:

@@ -110,6 +110,18 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(store.get("a", "cpu"), torch.ones(3))
 
 
+def test_nobody_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process leaves behind when it ends, or the machine does, is never read."""
+
+    def refuse(_: int) -> None:
+        raise AssertionError("synced")
+
+    monkeypatch.setattr("megascore.files.os.fsync", refuse)
+    store = SpoolStore(tmp_path)
+    store.put("a", torch.ones(3))
+    assert torch.equal(store.get("a", "cpu"), torch.ones(3))
+
+
 def test_a_damaged_or_missing_file_is_told(tmp_path: Path) -> None:
     store = SpoolStore(tmp_path)
     for damage in (flip_a_bit, lambda path: path.write_bytes(path.read_bytes()[:-2]), Path.unlink):

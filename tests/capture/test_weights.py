@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megascore.capture.weights import MovingWeights
+from megascore.errors import ConfigError
 
 
 class Tied(nn.Module):
@@ -86,3 +87,26 @@ def test_a_pass_that_fails_inside_of_a_block_leaves_nothing_there(model: Tied) -
 def test_nothing_is_put_on_a_model_that_is_where_it_runs(model: Tied) -> None:
     with MovingWeights(model, "cpu").on_call(model, model.blocks, blocks_run=False):
         assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_others_note_on_weights_comes_along(model: Tied) -> None:
+    linear, norm = model.blocks[0]
+    linear.weight.tensor_model_parallel = True
+    norm.running_mean.sequence_parallel = True
+    linear.bias.requires_grad_(False)
+    with MovingWeights(model, "meta").present(model.blocks[0]):
+        assert linear.weight.is_meta
+        assert linear.weight.tensor_model_parallel is True
+        assert norm.running_mean.sequence_parallel is True
+        assert linear.weight.requires_grad
+        assert not linear.bias.requires_grad
+
+
+NOT_HERE = ["cuad", "cuda:x", "xpu"]
+"""The last as CUDA is where PyTorch is built without; CUDA itself must stay untouched in tests without a GPU."""
+
+
+@pytest.mark.parametrize("device", NOT_HERE)
+def test_a_device_that_is_not_there_is_told(model: Tied, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device='{device}' cannot be used on this machine: .*visible here"):
+        MovingWeights(model, device)

@@ -240,3 +240,43 @@ def test_a_job_runs_saves_and_goes_on_in_bfloat16(tmp_path: Path) -> None:
     for key, value in first.items():
         # The same statistics, or the same kernels on the same data.
         torch.testing.assert_close(again[key], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("cache_block_outputs", [True, False], ids=["cached", "fresh"])
+def test_a_model_in_host_memory_is_scored_block_by_block_on_the_gpu(
+    cache_block_outputs: bool, checkpoint: str, device: torch.device
+) -> None:
+    expected = score_plain(load_plain(checkpoint, torch.float64).to(device), device)
+    model = load_plain(checkpoint, torch.float64)
+    batches = list(make_tokens().split(2))
+    found = megascore.score_blockwise(
+        model, None, batches, all_scores(2), cache_block_outputs=cache_block_outputs, device="cuda"
+    )
+    assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+    # float64, and the same kernels: at most the order of additions differs.
+    assert_near(dict(found), expected, 1e-9)
+
+
+BLOCKWISE_TOLERANCE = {"float64": 1e-9, "bfloat16": 1e-6}
+"""Each layer gets the same numbers as in a full pass, and runs the same kernels."""
+
+
+@pytest.mark.parametrize("dtype", BLOCKWISE_TOLERANCE)
+def test_a_job_that_runs_layer_by_layer_gives_the_scores_of_a_full_pass(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megascore.mcore import spec
+    from megascore.mcore.job import run_job
+    from tests.mcore.resumable import assert_same_scores, make_job
+
+    if dtype == "float64":
+        # Transformer Engine has no kernels for it.
+        monkeypatch.setattr(spec, "has_transformer_engine", lambda: False)
+    scores = []
+    for name, overrides in (("full", []), ("blockwise", ["run.blockwise=true"])):
+        job = make_job(tmp_path / name, tmp_path, dtype=dtype)
+        config = load_config(job.config, ["run.device=cuda", *overrides])
+        run_job(config, Console(file=io.StringIO(), width=200))
+        scores.append(job.scores())
+    assert scores[1].metadata["blockwise"]["num_blocks"] == 4
+    assert_same_scores(scores[1], scores[0], BLOCKWISE_TOLERANCE[dtype])

@@ -146,9 +146,10 @@ def test_a_damaged_or_absent_shard_is_named(checkpoint: Path, tmp_path: Path) ->
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes()[:100])
     with pytest.raises(ModelError, match=r"model-0.*\.safetensors cannot be read as a safetensors file"):
         Checkpoint(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ModelError, match=r"index\.json cannot be read as an index"):
-        Checkpoint(tmp_path)
+    for content in ("[]", '{"weight_map": []}', '{"weight_map": "a"}', '{"weight_map": {"a": ["b"]}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ModelError, match=r"index\.json cannot be read as an index"):
+            Checkpoint(tmp_path)
 
 
 def test_a_tied_model_needs_its_embedding_only(tmp_path: Path) -> None:

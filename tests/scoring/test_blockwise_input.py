@@ -71,6 +71,16 @@ def test_no_batches_and_unknown_scores_are_refused() -> None:
         megascore.score_blockwise(TinyDecoder(), None, make_batches(), [{"target": "experts"}])
 
 
+def test_one_tensor_in_place_of_batches_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batches is a tensor \[2, 6\], expected one entry for each batch"):
+        megascore.score_blockwise(TinyDecoder(), None, make_batches()[0])
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="device='xpu' cannot be used on this machine"):
+        megascore.score_blockwise(TinyDecoder(), None, make_batches(), device="xpu")
+
+
 def test_iterations_that_do_not_fit_the_batches_are_refused_before_anything_runs() -> None:
     model = TinyDecoder()
     for iterations in (2, 4):
@@ -86,7 +96,7 @@ def test_a_full_spool_folder_ends_the_run_and_leaves_nothing(
 ) -> None:
     model, written = TinyDecoder(), []
 
-    def write(path: Path, content: bytes) -> None:
+    def write(path: Path, content: bytes, **_: object) -> None:
         if len(written) == 12:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(path)

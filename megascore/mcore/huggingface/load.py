@@ -245,6 +245,10 @@ def _weight_files(directory: Path) -> list[Path]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index} cannot be read as an index with a weight_map: {error}") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelError(
+            f"{index} cannot be read as an index with a weight_map: expected a mapping of tensor names to file names."
+        )
     names: dict[str, list[str]] = defaultdict(list)
     for tensor, file in weight_map.items():
         names[file].append(tensor)
