@@ -117,7 +117,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the tokenizer in {folder} is code of its own (auto_map in tokenizer_config.json), which megascore "
-                "does not run: name a folder with a tokenizer that transformers has (data.tokenizer), or tokenize the text "
-                "yourself (data.tokens, data.megatron)."
+                "does not run: name a folder with a tokenizer that transformers has (data.tokenizer), or tokenize the "
+                "text yourself (data.tokens, data.megatron)."
             ) from error
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
