@@ -5,7 +5,7 @@ The second file is OUTPUT with "-heads" before its ending.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +53,8 @@ def main(checkpoint: str, output: str) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder")
+    parser.add_argument("output", metavar="OUTPUT", help="score file to write, the first of two")
+    arguments = parser.parse_args()
+    main(arguments.model, arguments.output)

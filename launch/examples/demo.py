@@ -6,7 +6,7 @@ any checkpoint directory that `megascore score` takes.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,11 +22,15 @@ from megascore.scoring.config import ModelConfig, ParallelConfig
 NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 3, 4, 32
 
 
-def arguments() -> tuple[str, str]:
+def arguments(description: str | None) -> tuple[str, str]:
     """The checkpoint directory and the score file to write."""
-    if len(sys.argv) != 3:
-        sys.exit(f"usage: torchrun --nproc-per-node 2 {sys.argv[0]} CHECKPOINT OUTPUT")
-    return sys.argv[1], sys.argv[2]
+    parser = argparse.ArgumentParser(
+        description=description, usage="torchrun --nproc-per-node 2 %(prog)s [-h] CHECKPOINT OUTPUT"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Hugging Face folder of the model")
+    parser.add_argument("output", metavar="OUTPUT", help="score file to write")
+    given = parser.parse_args()
+    return given.checkpoint, given.output
 
 
 @contextmanager

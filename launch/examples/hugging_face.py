@@ -5,6 +5,7 @@ Needs no Megatron. Runs by itself too; under torchrun every process is a data-pa
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from itertools import islice
@@ -54,8 +55,12 @@ def main(checkpoint: str, output: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder")
+    parser.add_argument("output", metavar="OUTPUT", help="score file to write; checkpoints lie beside it")
+    arguments = parser.parse_args()
     try:
-        main(*sys.argv[1:])
+        main(arguments.model, arguments.output)
     except Preempted as stopped:
         # 75: what launch/score.sbatch and others take for "start me again".
         print(stopped, file=sys.stderr)

@@ -61,4 +61,4 @@ def main(checkpoint: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*demo.arguments())
+    main(*demo.arguments(__doc__))

@@ -45,4 +45,4 @@ def main(checkpoint: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*demo.arguments())
+    main(*demo.arguments(__doc__))

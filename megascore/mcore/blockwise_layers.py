@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from megascore.errors import ModelError
 from megascore.parallel.comm import agree, gather_objects
 
-__all__ = ["LayerOrder", "layers_of", "order_of_layers"]
+__all__ = ["LayerOrder", "layer_numbers", "layers_in_order", "layers_of", "order_of_layers"]
 
 ADVICE = "Score it in a full pass (run.blockwise=false)"
 
@@ -52,10 +52,27 @@ def order_of_layers(chunks: Sequence[nn.Module]) -> LayerOrder:
         ModelError: layers of the model can't be run one at a time, or a pipeline chunk has none.
     """
     own = agree("looking for the layers", lambda: _own_chunks(chunks))
-    numbers = {chunk: [layer.layer_number - 1 for layer in layers_of(module)] for chunk, module in own.items()}
+    return LayerOrder(layers_in_order(gather_objects(_numbers_of(own))), own)
+
+
+def layer_numbers(chunks: Sequence[nn.Module]) -> dict[int, list[int]]:
+    """Return the numbers of this rank's layers, by the number of their chunk in the pipeline. Not collective.
+
+    Raises:
+        ModelError: layers of the model can't be run one at a time.
+    """
+    return _numbers_of(_own_chunks(chunks))
+
+
+def layers_in_order(found: Iterable[Mapping[int, list[int]]]) -> list[list[int]]:
+    """Return the layers of each chunk of the pipeline, from what `layer_numbers` gave on all ranks. Not collective.
+
+    Raises:
+        ModelError: a chunk has none, or layers are missing or out of order.
+    """
     everywhere: dict[int, list[int]] = {}
-    for found in gather_objects(numbers):
-        everywhere.update(found)
+    for numbers in found:
+        everywhere.update(numbers)
     layers_of_chunk = [everywhere[chunk] for chunk in sorted(everywhere)]
     flat = [layer for layers in layers_of_chunk for layer in layers]
     if flat != list(range(len(flat))) or not all(layers_of_chunk):
@@ -63,7 +80,7 @@ def order_of_layers(chunks: Sequence[nn.Module]) -> LayerOrder:
             f"run.blockwise: the chunks of the pipeline have the layers {layers_of_chunk}: expected all layers in "
             f"order, and at least one in each chunk. {ADVICE}, or choose another parallel.pipeline_layers."
         )
-    return LayerOrder(layers_of_chunk, own)
+    return layers_of_chunk
 
 
 def layers_of(chunk: nn.Module) -> Sequence[Any]:
@@ -76,6 +93,10 @@ def layers_of(chunk: nn.Module) -> Sequence[Any]:
     if len(blocks) != 1:
         raise ModelError(f"{type(chunk).__name__} has {len(blocks)} transformer blocks, expected one. {ADVICE}.")
     return list(blocks[0].layers)
+
+
+def _numbers_of(own: Mapping[int, nn.Module]) -> dict[int, list[int]]:
+    return {chunk: [layer.layer_number - 1 for layer in layers_of(module)] for chunk, module in own.items()}
 
 
 def _own_chunks(chunks: Sequence[nn.Module]) -> dict[int, nn.Module]:

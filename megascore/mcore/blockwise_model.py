@@ -18,9 +18,10 @@ from megascore.mcore.gpt import build_gpt
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig
 from megascore.mcore.huggingface.load import load_layer, load_weights
 from megascore.mcore.inputs import JobInputs
+from megascore.mcore.source import ModelSource
 from megascore.scoring.config import JobConfig
 
-__all__ = ["BlockwiseModel", "load_for_blocks"]
+__all__ = ["BlockwiseModel", "build_for_blocks", "load_for_blocks"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,21 @@ class BlockwiseModel:
     chunks: list[Any]
     present: Callable[[nn.Module], AbstractContextManager[None]]
     """Has a layer's weights on the device inside. Not collective."""
+
+
+def build_for_blocks(config: JobConfig, source: ModelSource, device: torch.device) -> list[Any]:
+    """Build the chunks of this rank without weights; layers that are read one by one take no memory.
+
+    On every rank; collective over the pipeline stages where embeddings are tied.
+
+    Raises:
+        MegascoreError: the model cannot be built.
+    """
+    dtype, length = getattr(torch, config.model.dtype), config.data.sequence_length
+    if source.layer_by_layer is None:
+        return source.build(config.parallel, dtype, device, length)
+    architecture = source.layer_by_layer.architecture
+    return [*build_gpt(architecture, config.parallel, dtype, device, length, empty_layers=True)]
 
 
 def load_for_blocks(config: JobConfig, inputs: JobInputs, device: torch.device) -> BlockwiseModel:
@@ -43,13 +59,12 @@ def load_for_blocks(config: JobConfig, inputs: JobInputs, device: torch.device) 
     Raises:
         MegascoreError: the model cannot be built, or weights are missing.
     """
-    source, dtype, length = inputs.source, getattr(torch, config.model.dtype), config.data.sequence_length
+    source = inputs.source
     of_layers = source.layer_by_layer
+    chunks = build_for_blocks(config, source, device)
     if of_layers is not None:
-        chunks = build_gpt(of_layers.architecture, config.parallel, dtype, device, length, empty_layers=True)
         load_weights(chunks, of_layers.config, of_layers.directory)
         return BlockwiseModel(chunks, lambda layer: _read(layer, of_layers.config, of_layers.directory, device))
-    chunks = source.build(config.parallel, dtype, device, length)
     source.check_tokens(chunks, int(inputs.samples.tokens.max()))
     source.load(chunks)
     for chunk in chunks:

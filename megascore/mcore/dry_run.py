@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 
 from megascore.errors import ModelError
+from megascore.mcore.blockwise_dry_run import ViewOfEmptyLayers, memory_of_one_layer
+from megascore.mcore.blockwise_layers import layer_numbers, layers_in_order, order_of_layers
+from megascore.mcore.blockwise_model import build_for_blocks
 from megascore.mcore.inputs import check_files, check_model
 from megascore.mcore.layout import exchanges_tokens
 from megascore.mcore.pretend import META, kinds_of_ranks, pretended_world
@@ -16,7 +20,7 @@ from megascore.mcore.world import check_world_size, intended_world_size, is_alon
 from megascore.parallel.comm import agree, gather_objects, world_rank
 from megascore.scoring.config import JobConfig
 from megascore.scoring.data import check_enough_samples, check_equal_shares
-from megascore.scoring.dry_run import DryRun, RankGroup, group_ranks, plan_of_rank, samples_of_step
+from megascore.scoring.dry_run import DryRun, RankGroup, RankPlan, group_ranks, plan_of_rank, samples_of_step
 from megascore.scoring.recipes import ScoreRequest, resolve_scores
 from megascore.scoring.sites import check_places
 
@@ -46,7 +50,9 @@ def _plan_together(config: JobConfig, requests: tuple[ScoreRequest, ...]) -> Dry
         view = agree("building the model", lambda: _build(config, source, device))
         agree("looking for the modules to score", lambda: _check_rank(config, view, requests))
         num_samples = samples_of_step(view, config.run.global_batch_size)
-        own = agree("building the hooks", lambda: plan_of_rank(view, requests, num_samples))
+        if config.run.blockwise:
+            order_of_layers(view.modules)
+        own = agree("building the hooks", lambda: _plan(config, source, view, requests))
         problems = check_files(config, source) if world_rank() == 0 else []
         planned = DryRun(group_ranks(gather_objects(own)), view.layout, num_samples, False, problems)
         # All ranks have the same plans, so they find the same.
@@ -58,13 +64,17 @@ def _pretend(config: JobConfig, requests: tuple[ScoreRequest, ...]) -> DryRun:
     source = check_model(config)
     world_size = intended_world_size(config.parallel)
     check_world_size(config.parallel, world_size)
-    groups, layout, num_samples = [], {}, 0
+    groups, layers, layout, num_samples = [], [], {}, 0
     for ranks in kinds_of_ranks(config.parallel, world_size):
         with pretended_world(config.parallel, ranks[0], world_size):
             view = _build_without_memory(config, source)
             _check_rank(config, view, requests)
             layout, num_samples = dict(view.layout), samples_of_step(view, config.run.global_batch_size)
-            groups.append(RankGroup(ranks, plan_of_rank(view, requests, num_samples)))
+            if config.run.blockwise:
+                layers.append(layer_numbers(view.modules))
+            groups.append(RankGroup(ranks, _plan(config, source, view, requests)))
+    if config.run.blockwise:
+        layers_in_order(layers)
     planned = DryRun(tuple(groups), layout, num_samples, True, check_files(config, source))
     planned.check(requests)
     return planned
@@ -83,8 +93,18 @@ def _build_without_memory(config: JobConfig, source: ModelSource) -> MegatronMod
 
 
 def _build(config: JobConfig, source: ModelSource, device: torch.device) -> MegatronModelView:
+    if config.run.blockwise:
+        return ViewOfEmptyLayers(build_for_blocks(config, source, device), device)
     dtype = getattr(torch, config.model.dtype)
     return MegatronModelView(source.build(config.parallel, dtype, device, config.data.sequence_length))
+
+
+def _plan(
+    config: JobConfig, source: ModelSource, view: MegatronModelView, requests: tuple[ScoreRequest, ...]
+) -> RankPlan:
+    """Collective where building hooks is."""
+    plan = plan_of_rank(view, requests, samples_of_step(view, config.run.global_batch_size))
+    return replace(plan, one_layer=memory_of_one_layer(config, source, view)) if config.run.blockwise else plan
 
 
 def _check_rank(config: JobConfig, view: MegatronModelView, requests: tuple[ScoreRequest, ...]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megascore.errors import ConfigError, LayoutError
+from megascore.errors import ConfigError, LayoutError, Preempted
 from megascore.mcore.cpu import cpu_stand_in
 from megascore.parallel.rendezvous import store_of_environment
 from megascore.scoring.config import ParallelConfig
@@ -138,8 +138,13 @@ def _distributed(device: torch.device, timeout: timedelta) -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        # NCCL waits for the collectives under way, and one that other ranks never join has no end: there the end of the
+        # process breaks them off. All ranks stop together for a signal.
+        if backend == "gloo" or world_size == 1 or isinstance(error, Preempted):
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _make_groups(parallel: ParallelConfig, timeout: timedelta) -> None:

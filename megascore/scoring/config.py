@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,8 @@ class RunConfig:
             raise ConfigError("run.spool_dir is given without run.blockwise=true: nothing waits in a full pass.")
         if self.spool_memory_gb and self.spool_dir is None:
             raise ConfigError("run.spool_memory_gb is given without run.spool_dir: without one all is kept in memory.")
-        if not self.spool_memory_gb >= 0:
-            raise ConfigError(f"run.spool_memory_gb is {self.spool_memory_gb}: expected 0 or more.")
+        if not 0 <= self.spool_memory_gb < inf:
+            raise ConfigError(f"run.spool_memory_gb is {self.spool_memory_gb}: expected 0 or more, and finite.")
 
 
 @dataclass
@@ -270,8 +271,8 @@ def _require_at_least(key: str, value: int, minimum: int) -> None:
 
 
 def _require_positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"{key} is {value}: expected a positive number.")
+    if not 0 < value < inf:
+        raise ConfigError(f"{key} is {value}: expected a positive, finite number.")
 
 
 def _require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

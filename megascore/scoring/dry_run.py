@@ -20,7 +20,17 @@ from megascore.scoring.recipes import ScoreRequest
 from megascore.scoring.score_file import split_key
 from megascore.scoring.sites import Site, build_sites, requests_present_in
 
-__all__ = ["DryRun", "RankGroup", "RankPlan", "SiteLine", "group_ranks", "plan_of_rank", "samples_of_step"]
+__all__ = [
+    "DryRun",
+    "OneLayer",
+    "RankGroup",
+    "RankPlan",
+    "SiteLine",
+    "group_ranks",
+    "plan_of_rank",
+    "samples_of_rank",
+    "samples_of_step",
+]
 
 FLOAT64_BYTES = 8
 """Of each number in what ranks send each other."""
@@ -47,6 +57,22 @@ class SiteLine:
 
 
 @dataclass(frozen=True)
+class OneLayer:
+    """What a rank has at a time in a run that goes through the model layer by layer."""
+
+    weight_bytes: int
+    """Of the largest layer, and of all that lies outside of layers."""
+    hidden_bytes_of_sample: int
+    """Hidden states of one sample between two layers."""
+    num_samples: int | None
+    """Samples of the rank, at most; None where only the data tells."""
+    builds_whole: bool
+    """Whether all weights are on the device at first."""
+    spools: bool
+    """Whether hidden states wait in files, too."""
+
+
+@dataclass(frozen=True)
 class RankPlan:
     """What one rank would do; equal on ranks that have the same part of the model."""
 
@@ -59,6 +85,8 @@ class RankPlan:
     """Kind of each place that no score is taken at, by name."""
     unknown: tuple[str, ...]
     """Modules that are not known."""
+    one_layer: OneLayer | None = None
+    """Of a run that goes through the model layer by layer."""
 
     @property
     def kept_bytes(self) -> int:
@@ -139,6 +167,12 @@ class DryRun:
 def samples_of_step(view: ModelView, global_batch_size: int) -> int:
     """Return how many samples a rank runs in a step, at most."""
     return -(-global_batch_size // int(view.layout["data"]))
+
+
+def samples_of_rank(num_samples: int, global_batch_size: int, data_size: int) -> int:
+    """Return how many samples a rank runs in a whole run, at most."""
+    num_whole, left = divmod(num_samples, global_batch_size)
+    return num_whole * -(-global_batch_size // data_size) + -(-left // data_size)
 
 
 def plan_of_rank(view: ModelView, requests: Sequence[ScoreRequest], num_samples: int) -> RankPlan:

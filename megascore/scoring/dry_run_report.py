@@ -8,7 +8,7 @@ from itertools import groupby
 
 from rich.console import Console
 
-from megascore.scoring.dry_run import DryRun, RankPlan
+from megascore.scoring.dry_run import DryRun, OneLayer, RankPlan
 
 __all__ = ["format_bytes", "render_dry_run"]
 
@@ -100,6 +100,7 @@ def _sums(plan: RankPlan) -> tuple[str, ...]:
 def _world(dry_run: DryRun) -> Iterator[str]:
     yield f"A step is {dry_run.samples_of_step} samples on a rank."
     yield f"The end of the run sends {format_bytes(dry_run.finish_bytes)} from each rank, in two all-reduces, once."
+    yield from _one_layer(dry_run)
     scratch = format_bytes(SCRATCH_BYTES)
     yield f"Activations of the model come on top; and while a hook runs, up to {scratch} and what other ranks send it."
     yield "A dry run reads no data and no weights, and writes no file."
@@ -107,6 +108,25 @@ def _world(dry_run: DryRun) -> Iterator[str]:
         yield f"The {dry_run.num_ranks} ranks were pretended by one process, which built the model without memory."
     for problem in dry_run.problems:
         yield f"Not ready: {problem}"
+
+
+def _one_layer(dry_run: DryRun) -> Iterator[str]:
+    """Yield a line for each group of ranks that need the same where layers run one at a time."""
+    ranks: dict[OneLayer, list[int]] = defaultdict(list)
+    for group in dry_run.groups:
+        if group.plan.one_layer is not None:
+            ranks[group.plan.one_layer].extend(group.ranks)
+    for memory, numbers in ranks.items():
+        hidden = format_bytes(memory.hidden_bytes_of_sample * (memory.num_samples or 1))
+        each = " for each sample of the rank" if memory.num_samples is None else ""
+        where = "run.spool_dir, beyond run.spool_memory_gb" if memory.spools else "host memory"
+        weights = format_bytes(memory.weight_bytes)
+        yield (
+            f"One layer at a time: {weights} of weights, and the hooks of one layer; {hidden} of hidden states{each} "
+            f"wait in {where} (ranks {_spans(sorted(numbers))})."
+        )
+    if any(memory.builds_whole for memory in ranks):
+        yield "The whole model is built on the device first, all its weights; then its layers wait in host memory."
 
 
 def _spans(ranks: Sequence[int]) -> str:

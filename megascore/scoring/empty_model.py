@@ -33,8 +33,11 @@ def empty_model(folder: str | Path) -> nn.Module:
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"model folder {folder} has no config.json: name a Hugging Face checkpoint directory.")
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        # Not given, transformers asks on the terminal whether to run the folder's own code.
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        if "trust_remote_code" in str(error):
+            raise _own_code(folder) from error
         raise ModelError(f"the config in {folder} cannot be used: {error}") from error
     architecture = (getattr(config, "architectures", None) or [""])[0]
     causal = architecture.endswith("ForCausalLM")
@@ -42,9 +45,22 @@ def empty_model(folder: str | Path) -> nn.Module:
     # Renamed in transformers 4.56.
     name = "dtype" if hasattr(config, "dtype") else "torch_dtype"
     dtype = getattr(config, name, None)
-    with parameters_on_meta():
-        model: nn.Module = builder.from_config(config, **({name: dtype} if dtype is not None else {}))
+    try:
+        with parameters_on_meta():
+            options = {name: dtype} if dtype is not None else {}
+            model: nn.Module = builder.from_config(config, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise _own_code(folder) from error
+        raise
     return model.eval()
+
+
+def _own_code(folder: str | Path) -> ModelError:
+    return ModelError(
+        f"the model in {folder} is code of its own (auto_map in config.json), which megascore does not run: build it "
+        "yourself, on the meta device or with its weights, and give the module in place of the folder."
+    )
 
 
 @contextmanager

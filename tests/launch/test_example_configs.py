@@ -163,6 +163,16 @@ def test_an_example_says_how_to_start_it_and_what_it_takes(name: str, plan: Plan
     path, (config, planned) = CONFIGS / f"{name}.yaml", plan(name)
     text = path.read_text()
     assert f"weights {format_bytes(2 * EXAMPLES[name].weights_here)} on each GPU" in text
+    one_layer = planned.plan_of(0).one_layer
+    assert (one_layer is not None) == config.run.blockwise
+    if one_layer is not None:
+        assert config.data.num_samples == one_layer.num_samples
+        hidden = one_layer.hidden_bytes_of_sample
+        assert f"# {format_bytes(one_layer.weight_bytes)} of them at a time" in text
+        assert f"{format_bytes(hidden * one_layer.num_samples)} of host memory" in text
+        assert f"{format_bytes(hidden)} each" in text
+        # As the table of examples says.
+        assert f"{format_bytes(one_layer.weight_bytes)} at a time |" in (ROOT / "README.md").read_text()
     for start in (f"megascore score launch/configs/{name}.yaml run.steps=0", f"score.sh launch/configs/{name}.yaml"):
         assert start in text
     if "sent a sample" in text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import runpy
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_a_hugging_face_run_goes_on_with_another_number_of_processes(
     world.run(1, run_example, "hugging_face", checkpoint, str(stopped))
     scores = assert_same(stopped, dict(megascore.load_scores(whole)))
     assert scores.metadata["num_samples"] == 12
+
+
+@pytest.mark.parametrize("name", ["attach_again", "hugging_face", "megatron_loop", "own_schedule"])
+def test_an_example_says_how_it_is_started(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ")
+    assert "OUTPUT" in shown
+    assert "Scoring" in shown or "scoring" in shown
 
 
 def run_until_preempted(checkpoint: str, output: str) -> str:

@@ -195,6 +195,12 @@ def test_a_spool_folder_that_can_not_be_made_stops_the_job(model_root: Path, tmp
         (["run.spool_dir=/spool"], "run.spool_dir is given without run.blockwise=true"),
         (["run.blockwise=true", "run.spool_memory_gb=1"], "run.spool_memory_gb is given without run.spool_dir"),
         (["run.blockwise=true", "run.spool_dir=/spool", "run.spool_memory_gb=-1"], "expected 0 or more"),
+        (
+            ["run.blockwise=true", "run.spool_dir=/spool", "run.spool_memory_gb=.inf"],
+            "is inf: expected .* finite",
+        ),
+        (["run.timeout_minutes=.inf"], "run.timeout_minutes is inf: expected a positive, finite number"),
+        (["run.timeout_minutes=.nan"], "run.timeout_minutes is nan: expected a positive, finite number"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(

@@ -27,7 +27,7 @@ from megascore.scoring.dry_run import DryRun
 from megascore.scoring.dry_run_report import format_bytes
 from tests.mcore.oracle import all_scores
 from tests.mcore.test_communication import ADDITIVE, SEQUENCE_LENGTH, score_and_measure
-from tests.models import SIZES, save_checkpoint
+from tests.models import FAMILIES, SIZES, save_checkpoint
 from tests.pool import WorkerPool
 
 EXPERT_SCORES: list[dict[str, Any]] = [
@@ -247,12 +247,16 @@ def test_a_function_of_the_users_builds_on_the_meta_device(models: Path) -> None
     assert pretend(replace(config, model=provided)).groups == pretend(config).groups
 
 
-def test_a_function_that_needs_values_is_told_to_start_real_ranks(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MEGASCORE_TEST_CHECKPOINT", str(models / "whole" / "llama"))
+def provider_that_looks_at_values(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    chunks = provider_for_any_device(parallel, device, dtype)
+    assert all(float(weight.sum()) < 1e9 for weight in chunks[0].parameters())
+    return chunks
+
+
+def test_a_function_that_needs_values_is_told_to_start_real_ranks(models: Path) -> None:
+    provider_for_any_device.model = models / "llama"  # type: ignore[attr-defined]
     config = job(models / "llama", ParallelConfig(tensor=2))
-    provided = ModelConfig(provider="tests.mcore.providers:whole", dtype="float32")
+    provided = ModelConfig(provider=f"{__name__}:provider_that_looks_at_values", dtype="float32")
     with pytest.raises(ModelError, match="cannot be built on PyTorch's meta device.*torchrun --nproc-per-node 2"):
         dry_run(replace(config, model=provided))
     assert not dist.is_initialized()
@@ -262,6 +266,124 @@ def test_a_pytorch_that_cannot_pretend_is_told(models: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "torch.testing._internal.distributed.fake_pg", None)
     with pytest.raises(ConfigError, match="cannot pretend 2 processes.*torchrun --nproc-per-node 2"):
         dry_run(job(models / "llama", ParallelConfig(tensor=2)))
+
+
+BLOCKWISE_LAYOUTS = {
+    "dense, TP with sequence parallelism, PP": ("llama", all_scores(2)),
+    "dense, uneven and virtual PP": ("llama", "minitron"),
+    "dense, TP and CP": ("qwen3", [{"target": "kv_heads"}]),
+    "some layers with experts": ("qwen3_moe", "minitron"),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKWISE_LAYOUTS)
+def test_one_layer_at_a_time_is_planned_alike_by_one_process_and_by_real_ranks(
+    case: str, models: Path, world: WorkerPool
+) -> None:
+    family, scores = BLOCKWISE_LAYOUTS[case]
+    full = job(models / family, LAYOUTS[case][1], scores, num_samples=16)
+    config = replace(full, run=replace(full.run, blockwise=True))
+    pretended, at_once = pretend(config), pretend(full)
+    real, memory = world.run(4, plan_and_see_layers, config)[0]
+    assert memory == 0, "layers took memory on the device"
+    for rank in range(4):
+        assert pretended.plan_of(rank) == real.plan_of(rank)
+        # But for what is there at a time, the plan of a full pass.
+        assert replace(real.plan_of(rank), one_layer=None) == at_once.plan_of(rank)
+    assert pretended.sites == real.sites == at_once.sites
+
+
+def plan_and_see_layers(config: JobConfig) -> tuple[DryRun | None, int]:
+    """Return the dry run, and the bytes that the layers took while hooks were planned."""
+    from megascore.mcore import dry_run as module
+    from megascore.mcore.blockwise_layers import layers_of
+
+    seen = []
+    plan = module.plan_of_rank
+
+    def look(view: Any, *others: Any) -> Any:
+        weights = [w for chunk in view.modules for layer in layers_of(chunk) for w in layer.parameters()]
+        planned = plan(view, *others)
+        seen.append(sum(weight.nbytes for weight in weights if not weight.is_meta))
+        return planned
+
+    module.plan_of_rank = look
+    try:
+        return dry_run(config), sum(seen)
+    finally:
+        module.plan_of_rank = plan
+
+
+def test_what_is_there_at_a_time_is_told_with_one_layer_at_a_time(models: Path) -> None:
+    config = job(models / "mistral", ParallelConfig(tensor=2, sequence=True, processes=4), num_samples=20)
+    config = replace(config, run=replace(config.run, blockwise=True))
+    one = pretend(config).plan_of(0).one_layer
+    assert one is not None
+    hidden, ffn, vocabulary = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["vocab_size"]
+    head_dim = FAMILIES["mistral"]["head_dim"]
+    heads, kv_heads = SIZES["num_attention_heads"], SIZES["num_key_value_heads"]
+    # Norms are on both ranks; embedding and output layer are two.
+    layer = (2 * heads + 2 * kv_heads) * head_dim * hidden // 2 + 3 * hidden * ffn // 2 + 2 * hidden
+    assert one.weight_bytes == 4 * (layer + 2 * vocabulary * hidden // 2 + hidden)
+    assert one.hidden_bytes_of_sample == 4 * hidden * SEQUENCE_LENGTH // 2
+    # Two steps of 8 samples and one of 4, each on two data-parallel ranks.
+    assert one.num_samples == 4 + 4 + 2
+    shown = show(config)
+    waiting = format_bytes(one.hidden_bytes_of_sample * 10)
+    assert f"One layer at a time: {format_bytes(one.weight_bytes)} of weights" in shown
+    assert f"{waiting} of hidden states wait in host memory (ranks 0-3)" in shown
+    assert "built on the device first" not in shown
+    unknown = show(replace(config, data=replace(config.data, num_samples=None)))
+    assert f"{format_bytes(one.hidden_bytes_of_sample)} of hidden states for each sample of the rank wait" in unknown
+    spooled = replace(config, run=replace(config.run, spool_dir="spool"))
+    assert "wait in run.spool_dir, beyond run.spool_memory_gb" in show(spooled)
+
+
+def provider_with_offloading(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    chunks = provider_for_any_device(parallel, device, dtype)
+    for chunk in chunks:
+        chunk.config.cpu_offloading = True
+    return chunks
+
+
+def provider_with_an_empty_stage(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    chunks = provider_for_any_device(parallel, device, dtype)
+    if parallel_state.get_pipeline_model_parallel_rank() == 1:
+        chunks[0].decoder.layers = torch.nn.ModuleList()
+    return chunks
+
+
+def dry_run_with_an_empty_stage(config: JobConfig) -> DryRun | str | None:
+    provider_for_any_device.model = config.model.hf  # type: ignore[attr-defined]
+    return dry_run_on_rank(config)
+
+
+def test_a_model_that_a_function_builds_is_all_there_at_first(models: Path) -> None:
+    provider_for_any_device.model = models / "llama"  # type: ignore[attr-defined]
+    config = job(models / "llama", ParallelConfig(tensor=2))
+    provided = ModelConfig(provider=f"{__name__}:provider_for_any_device", dtype="float32")
+    shown = show(replace(config, model=provided, run=replace(config.run, blockwise=True)))
+    assert "The whole model is built on the device first" in shown
+
+
+def test_what_cannot_run_one_layer_at_a_time_is_refused_as_in_the_job(models: Path, world: WorkerPool) -> None:
+    provider_for_any_device.model = models / "llama"  # type: ignore[attr-defined]
+    config = job(models / "llama", ParallelConfig(tensor=2))
+    provided = ModelConfig(provider=f"{__name__}:provider_with_offloading", dtype="float32")
+    with pytest.raises(ModelError, match="run.blockwise: the model has cpu_offloading=True"):
+        dry_run(replace(config, model=provided, run=replace(config.run, blockwise=True)))
+    empty = f"{__name__}:provider_with_an_empty_stage"
+    config = replace(
+        job(models / "llama", ParallelConfig(pipeline=2)),
+        model=ModelConfig(hf=str(models / "llama"), provider=empty, dtype="float32"),
+    )
+    assert pretend(config).num_ranks == 2
+    config = replace(config, run=replace(config.run, blockwise=True))
+    with pytest.raises(ModelError, match="at least one in each chunk"):
+        dry_run(config)
+    assert not dist.is_initialized()
+    for told in world.run(2, dry_run_with_an_empty_stage, config):
+        assert "at least one in each chunk" in str(told)
 
 
 def test_llama_405b_on_288_ranks_takes_one_process(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megascore.errors import ConfigError, LayoutError
+from megascore.errors import ConfigError, LayoutError, Preempted
+from megascore.mcore import world as world_of_ranks
 from megascore.mcore.world import check_world_size, local_device, parallel_world
 from megascore.scoring.config import ParallelConfig
 from tests.pool import RankErrors, WorkerPool
@@ -70,6 +72,37 @@ def test_one_process_needs_no_launcher_and_leaves_nothing_behind(monkeypatch: py
             pass
     assert not dist.is_initialized()
     assert not parallel_state.model_parallel_is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "error", "destroyed"),
+    [
+        ("cuda:0", 2, None, True),
+        ("cuda:0", 2, LayoutError("not here"), False),
+        ("cuda:0", 2, KeyboardInterrupt(), False),
+        # All ranks stop together.
+        ("cuda:0", 2, Preempted("stopped by SIGTERM"), True),
+        ("cuda:0", 1, LayoutError("not here"), True),
+        ("cpu", 2, LayoutError("not here"), True),
+    ],
+)
+def test_a_failing_rank_does_not_wait_for_what_others_never_join(
+    device: str, world_size: int, error: BaseException | None, destroyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for name in world_of_ranks.TORCHRUN_VARIABLES:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(world_of_ranks, "store_of_environment", lambda timeout: (dist.HashStore(), 0, world_size))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    with (
+        nullcontext() if error is None else pytest.raises(type(error)),
+        world_of_ranks._distributed(torch.device(device), TIMEOUT),
+    ):
+        if error is not None:
+            raise error
+    assert calls == ["nccl" if device != "cpu" else "gloo", *(["destroyed"] if destroyed else [])]
 
 
 def test_a_rank_without_a_cuda_device_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,10 @@ BAD_LINES: dict[str, tuple[str, str]] = {
     "no text": ('{"text": 5}', r"line 2: field 'text' is int: expected a text, or a list of token ids"),
     "null": ('{"text": null}', r"line 2: field 'text' is null"),
     "no ids": ('{"text": [1, "a"]}', r"line 2: field 'text' holds 'a' in a list: expected token ids"),
+    "larger than any": (
+        f'{{"text": [1, {2**70}]}}',
+        rf"documents\.jsonl line 2: field 'text' holds {2**70} in a list, which no token id",
+    ),
     "no JSON": ('{"text": w}', r"line 2 is not JSON: Expecting value at column 10"),
     "no object": ("[1]", r"line 2 holds list: expected a JSON object"),
     "another encoding": ('{"text": "caf\udce9"}', r"line 2 is not UTF-8: byte 0xe9 at offset 13 of the line"),

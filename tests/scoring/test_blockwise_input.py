@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,18 @@ def test_a_model_without_content_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no \\*.safetensors files"):
         megascore.score_blockwise(model, None, make_batches(), weights=tmp_path)
     with pytest.raises(ModelError, match="has no config.json"):
+        megascore.score_blockwise(tmp_path, None, make_batches())
+
+
+def test_a_folder_with_code_of_its_own_is_refused_without_asking(tmp_path: Path) -> None:
+    own_code: dict[str, Any] = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(own_code))
+    with pytest.raises(ModelError, match="code of its own .*not run: build it yourself"):
+        megascore.score_blockwise(tmp_path, None, make_batches())
+    # A config that transformers knows, and no language model that it has for it.
+    own_code = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
+    (tmp_path / "config.json").write_text(json.dumps({**own_code, "architectures": ["OwnForCausalLM"]}))
+    with pytest.raises(ModelError, match="code of its own .*not run: build it yourself"):
         megascore.score_blockwise(tmp_path, None, make_batches())
 
 

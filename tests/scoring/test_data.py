@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -141,6 +142,17 @@ def test_a_damaged_tokenizer_is_refused_with_its_folder(text_path: Path, tokeniz
     (tokenizer_dir / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match=r"model cannot be loaded: "):
         load_samples(text_path, tokenizer_dir, sequence_length=5)
+
+
+def test_a_tokenizer_that_is_code_of_its_own_is_refused_without_asking(text_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    own_code = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own_code))
+    with pytest.raises(ModelError, match=r"code of its own .*not run: name a folder .*data\.tokenizer"):
+        load_samples(text_path, tmp_path, sequence_length=5)
 
 
 def test_without_transformers_the_error_says_what_to_install(

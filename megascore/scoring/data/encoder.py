@@ -111,6 +111,13 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer in {folder} needs transformers ({error}): run pip install 'megascore[huggingface]'."
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Not given, transformers asks on the terminal of one rank, while the others wait.
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # The Rust tokenizers raise bare Exception for a damaged file.
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the tokenizer in {folder} is code of its own (auto_map in tokenizer_config.json), which megascore "
+                "does not run: name a folder with a tokenizer that transformers has (data.tokenizer), or tokenize the "
+                "text yourself (data.tokens, data.megatron)."
+            ) from error
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -50,9 +50,13 @@ def ids_of_list(values: list[Any], where: str) -> TokenIds:
     """Return token ids that were found in a list.
 
     Raises:
-        DataError: a value is no whole number; ``where`` is told with it.
+        DataError: a value is no whole number, or too large for any vocabulary; ``where`` is told with it.
     """
     wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, int)), None)
     if wrong is not None:
         raise DataError(f"{where} holds {wrong!r} in a list: expected token ids, which are whole numbers.")
-    return np.array(values, dtype=np.int64)
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError as error:
+        largest = max(values, key=abs)
+        raise DataError(f"{where} holds {largest} in a list, which no token id of 64 bits can be.") from error
