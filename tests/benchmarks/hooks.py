@@ -1,6 +1,6 @@
 """What the hooks cost, beside the published ones (nvidia-modelopt) on the same tensors in the same run.
 
-    python -m tests.benchmarks.hooks [--threads 2] [--repeats 15] [--device cuda]
+    python -m tests.benchmarks.hooks [--threads 2] [--repeats 15] [--alone KvHead] [--device cuda]
 
 Times are medians; the two implementations take turns, so that whatever else the machine does meets both. The published
 package is needed here only: ``pip install nvidia-modelopt==0.47.0``. Without it the table has own times alone.
@@ -147,6 +147,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--alone", default="", help="entry to time without its published hook, such as KvHead: it is slow"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -155,7 +158,10 @@ def main() -> None:
     shape = f"input [{SEQUENCE}, {BATCH}, {CHANNELS}], weight [{OUTPUTS}, {CHANNELS}], {options.threads} threads"
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
-            rows = measure(contests(dtype, options.device, published), options.repeats, options.device)
+            entries = contests(dtype, options.device, published)
+            if options.alone:
+                entries = [(n, own, None if options.alone in n else theirs) for n, own, theirs in entries]
+            rows = measure(entries, options.repeats, options.device)
             Console(width=140).print(
                 table_of(f"{str(dtype).removeprefix('torch.')} on {options.device}: {shape}", rows)
             )

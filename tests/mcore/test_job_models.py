@@ -126,6 +126,20 @@ def test_a_job_on_a_megatron_checkpoint_or_a_function_scores_the_same_model(
         assert found.metadata["weights_fingerprint"] != wanted.metadata["weights_fingerprint"]
 
 
+def test_a_function_whose_weights_nobody_can_tell_is_not_checkpointed(text: Path, tmp_path: Path) -> None:
+    model, output = make(tmp_path / "llama", "llama"), tmp_path / "run" / "scores.safetensors"
+    function = ("model.provider=tests.mcore.providers:whole", f"run.checkpoint_dir={tmp_path / 'kept'}")
+    told = run_with_checkpoint(model, model, text, output, *function)
+    assert told is not None
+    assert told.startswith("ConfigError: run.checkpoint_dir is given, but nothing tells which weights model.provider")
+    assert not (tmp_path / "kept").exists()
+    run_with_checkpoint(model, model, text, output, *function, "model.fingerprint=first")
+    assert megascore.load_scores(output).metadata["weights_fingerprint"] == "first"
+    told = run_with_checkpoint(model, model, text, output, *function, "model.fingerprint=second", "run.overwrite=true")
+    assert told is not None
+    assert "model.weights_fingerprint is 'first' there, 'second' here" in told
+
+
 def test_a_checkpoint_alone_has_no_tokenizer_for_text(text: Path, tmp_path: Path, world: WorkerPool) -> None:
     model = make(tmp_path / "llama", "llama")
     world.run(2, save, model, tmp_path / "ck")
