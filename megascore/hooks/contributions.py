@@ -15,7 +15,7 @@ __all__ = ["EPSILON", "Contributions"]
 
 EPSILON = 1e-8
 """Added under square roots and to divisors; part of the score's definition."""
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 512
 """Enough rows for products at full speed, and for gathering weights to cost little beside them."""
 CHUNK_BYTES = 24 << 20
 """Bound on the temporaries of a chunk of tokens that are as wide as the output."""
@@ -72,9 +72,11 @@ class Contributions:
         # The step must be the same on all ranks that share the tokens: their shards are of one size.
         bytes_each = max(5 * y.shape[-1] * dtype.itemsize, 2 * x.shape[-1] * dtype.itemsize)
         step = max(1, min(TOKENS_AT_ONCE, CHUNK_BYTES // bytes_each))
+        # One for all chunks: fresh pages cost time.
+        buffer = x.new_empty(min(step, len(x)), len(order))
         for start in range(0, len(x), step):
             some = slice(start, start + step)
-            inputs = kernels.take_columns(x[some], order)
+            inputs = kernels.take_columns(x[some], order, out=buffer[: len(x[some])])
             error = self._error(inputs, y[some], columns, num_kept)
             squares = torch.linalg.vector_norm(error, dim=-1).square_().add_(EPSILON)
             error *= 2

@@ -154,15 +154,15 @@ def samples_at_once(x: Tensor) -> int:
     return rows_at_once(num_channels * accumulation_dtype(x.dtype).itemsize * MIN_ROWS_AT_ONCE, x.device)
 
 
-def take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
-    """Return some columns of ``matrix`` [T, C], as a new matrix [T, N] in the order of ``columns`` [N] int64.
+def take_columns(matrix: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return some columns of ``matrix`` [T, C] in the order of ``columns`` [N] int64, in ``out`` [T, N] or a new one.
 
     On a CPU, `index_select` copies one number after the other, and `gather` several: two to four times faster, a few
     rows at a time, as it may make an index for each number.
     """
     if matrix.device.type != "cpu":
-        return matrix.index_select(1, columns)
-    taken = matrix.new_empty(len(matrix), len(columns))
+        return torch.index_select(matrix, 1, columns, out=out)
+    taken = matrix.new_empty(len(matrix), len(columns)) if out is None else out
     step = max(1, INDEX_BYTES // (columns.itemsize * max(1, len(columns))))
     index = columns.expand(min(step, len(matrix)), -1)
     for start in range(0, len(matrix), step):
