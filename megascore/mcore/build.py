@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megascore.mcore.gpt import build_gpt
 from megascore.mcore.huggingface.architecture import architecture_of
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig
-from megascore.mcore.source import model_source
+from megascore.mcore.sources.source import model_source
 from megascore.scoring.config import ModelConfig, ParallelConfig
 
 __all__ = ["build_model", "load_model"]

@@ -8,13 +8,13 @@ from datetime import timedelta
 import torch
 
 from megascore.errors import ModelError
-from megascore.mcore.blockwise_dry_run import ViewOfEmptyLayers, memory_of_one_layer
-from megascore.mcore.blockwise_layers import layer_numbers, layers_in_order, order_of_layers
-from megascore.mcore.blockwise_model import build_for_blocks
+from megascore.mcore.blockwise.dry_run import ViewOfEmptyLayers, memory_of_one_layer
+from megascore.mcore.blockwise.layers import layer_numbers, layers_in_order, order_of_layers
+from megascore.mcore.blockwise.model import build_for_blocks
 from megascore.mcore.inputs import check_files, check_model
 from megascore.mcore.layout import exchanges_tokens
 from megascore.mcore.pretend import META, kinds_of_ranks, pretended_world
-from megascore.mcore.source import ModelSource
+from megascore.mcore.sources.source import ModelSource
 from megascore.mcore.view import MegatronModelView
 from megascore.mcore.world import check_world_size, intended_world_size, is_alone, local_device, parallel_world
 from megascore.parallel.comm import agree, gather_objects, world_rank

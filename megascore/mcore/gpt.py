@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascore.errors import LayoutError, ModelError
 from megascore.mcore.architecture import Architecture
-from megascore.mcore.empty_layers import on_device
+from megascore.mcore.blockwise.empty_layers import on_device
 from megascore.mcore.layout import check_divisible, layers_of_chunks
 from megascore.mcore.spec import block_spec, uses_grouped_experts
 from megascore.scoring.config import ParallelConfig

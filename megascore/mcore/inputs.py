@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from megascore.errors import ConfigError, DataError, MegascoreError, ScoreFileError
 from megascore.mcore.layout import check_sequence_length, exchanges_tokens
-from megascore.mcore.source import ModelSource, model_source
+from megascore.mcore.sources.source import ModelSource, model_source
 from megascore.parallel.comm import agree, broadcast_object, world_rank
 from megascore.scoring.config import JobConfig
 from megascore.scoring.data import (

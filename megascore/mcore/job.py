@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from megascore.mcore.blockwise import run_blockwise
+from megascore.mcore.blockwise.run import run_blockwise
 from megascore.mcore.dry_run import dry_run
 from megascore.mcore.inputs import JobInputs, check_job, check_output, finished_scores, read_inputs
-from megascore.mcore.source import ModelSource
+from megascore.mcore.sources.source import ModelSource
 from megascore.mcore.steps import run_steps
 from megascore.mcore.view import MegatronModelView
 from megascore.mcore.world import local_device, parallel_world

@@ -13,7 +13,7 @@ from megascore.capture.block_inputs import BlockInputCapture, device_of
 from megascore.capture.calls import StoredCalls
 from megascore.capture.stores import TensorStore
 from megascore.errors import ModelError
-from megascore.mcore.blockwise_layers import order_of_layers
+from megascore.mcore.blockwise.layers import order_of_layers
 from megascore.mcore.schedule import MicroBatch, forward_only, forward_step
 
 __all__ = ["capture_layer_inputs"]

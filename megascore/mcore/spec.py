@@ -9,9 +9,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megascore.mcore.blockwise.empty_layers import EmptyTransformerLayer
 from megascore.mcore.compat import has_transformer_engine, submodules_of
 from megascore.mcore.context_parallel import GatheringAttention
-from megascore.mcore.empty_layers import EmptyTransformerLayer
 
 __all__ = ["TorchNorm", "block_spec", "uses_grouped_experts"]
 

@@ -121,7 +121,7 @@ def test_experts_and_padded_documents_come_out_as_in_a_full_pass(
 
 def count_weights_on_rank(job: Job, overrides: tuple[str, ...]) -> list[list[int]]:
     """Return, for each time that a layer runs, the numbers of this rank's layers whose weights are there."""
-    from megascore.mcore.blockwise_chunk import ChunkRunner
+    from megascore.mcore.blockwise.chunk import ChunkRunner
 
     run_layer, seen = ChunkRunner.run_layer, []
 
@@ -212,7 +212,7 @@ def test_keys_that_do_not_go_together_are_refused(
 
 def lose_weights_on_rank(job: Job) -> str:
     """Run while the checkpoint's file is taken away after the first layer."""
-    from megascore.mcore.blockwise import _LayerLoop
+    from megascore.mcore.blockwise.run import _LayerLoop
 
     run_layer = _LayerLoop._run_layer
     file = job.folder / "model" / "model.safetensors"

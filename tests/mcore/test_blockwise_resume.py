@@ -58,7 +58,7 @@ def stop_on_rank(job: Job, block: int, step: int, overrides: tuple[str, ...] = (
     """Run with a signal to one rank when so many blocks and steps are done."""
     import torch.distributed as dist
 
-    from megascore.mcore.blockwise import _LayerLoop
+    from megascore.mcore.blockwise.run import _LayerLoop
 
     meet = _LayerLoop._meet
 

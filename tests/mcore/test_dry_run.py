@@ -296,7 +296,7 @@ def test_one_layer_at_a_time_is_planned_alike_by_one_process_and_by_real_ranks(
 def plan_and_see_layers(config: JobConfig) -> tuple[DryRun | None, int]:
     """Return the dry run, and the bytes that the layers took while hooks were planned."""
     from megascore.mcore import dry_run as module
-    from megascore.mcore.blockwise_layers import layers_of
+    from megascore.mcore.blockwise.layers import layers_of
 
     seen = []
     plan = module.plan_of_rank

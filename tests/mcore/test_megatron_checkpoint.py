@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megascore.mcore.build import load_model
-from megascore.mcore.megatron_checkpoint import MegatronCheckpoint
-from megascore.mcore.source import model_source
+from megascore.mcore.sources.source import model_source
+from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
 from megascore.mcore.world import parallel_world
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.mcore.test_logits import run
@@ -118,7 +118,7 @@ def test_fingerprints_tell_checkpoints_apart(root: Path) -> None:
 
 def read_share(folder: Path, parallel: ParallelConfig) -> tuple[int, int]:
     """Bytes that a rank reads, and bytes of its parameters."""
-    from megascore.mcore.megatron_checkpoint_load import load_checkpoint
+    from megascore.mcore.torch_dist.load import load_checkpoint
 
     with parallel_world(parallel, CPU, TIMEOUT):
         chunks = model_source(ModelConfig(load=str(folder))).build(parallel, torch.float32, CPU, 16)

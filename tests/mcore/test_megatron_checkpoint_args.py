@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from megascore.errors import ModelError
-from megascore.mcore.megatron_checkpoint import MegatronCheckpoint
-from megascore.mcore.megatron_checkpoint_args import architecture_from_args
-from megascore.mcore.megatron_checkpoint_run_config import RENAMED
-from megascore.mcore.source import model_source
+from megascore.mcore.sources.source import model_source
+from megascore.mcore.torch_dist.args import architecture_from_args
+from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
+from megascore.mcore.torch_dist.run_config import RENAMED
 from megascore.scoring.config import ModelConfig
 from tests.mcore.test_megatron_checkpoint_errors import load
 from tests.mcore.torch_dist import Colour, training_args

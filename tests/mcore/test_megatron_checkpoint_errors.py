@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megascore.errors import ModelError
 from megascore.mcore.build import load_model
-from megascore.mcore.megatron_checkpoint import MegatronCheckpoint
-from megascore.mcore.megatron_checkpoint_args import architecture_from_args
+from megascore.mcore.torch_dist.args import architecture_from_args
+from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
 from megascore.mcore.world import parallel_world
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.mcore.torch_dist import Colour

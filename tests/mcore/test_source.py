@@ -19,7 +19,7 @@ from megascore.mcore.gpt import build_gpt
 from megascore.mcore.huggingface.architecture import architecture_of
 from megascore.mcore.huggingface.config import read_config
 from megascore.mcore.huggingface.load import load_weights
-from megascore.mcore.source import model_source
+from megascore.mcore.sources.source import model_source
 from megascore.mcore.world import parallel_world
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.mcore import providers
@@ -225,7 +225,7 @@ class FakeAutoBridge:
 
 
 def install_bridge(patch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    import megascore.mcore.source_bridge as source_bridge
+    import megascore.mcore.sources.bridge as source_bridge
 
     module = ModuleType("megatron.bridge")
     patch.setattr(FakeAutoBridge, "known", checkpoint, raising=False)

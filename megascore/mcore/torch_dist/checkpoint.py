@@ -16,8 +16,8 @@ import torch
 
 from megascore.errors import ModelError
 from megascore.mcore.architecture import Architecture
-from megascore.mcore.inert import inert_class
-from megascore.mcore.megatron_checkpoint_index import CheckpointIndex, read_index
+from megascore.mcore.torch_dist.index import CheckpointIndex, read_index
+from megascore.mcore.torch_dist.inert import inert_class
 from megascore.scoring.fingerprint import sampled_digest
 
 __all__ = ["EMBEDDING", "MegatronCheckpoint", "find_iteration"]

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from megascore.hooks import ForwardHook
-from megascore.mcore.blockwise_layers import layers_of
-from megascore.mcore.empty_layers import filled
-from megascore.mcore.source import ModelSource
+from megascore.mcore.blockwise.empty_layers import filled
+from megascore.mcore.blockwise.layers import layers_of
+from megascore.mcore.sources.source import ModelSource
 from megascore.mcore.view import MegatronModelView
 from megascore.scoring.config import JobConfig
 from megascore.scoring.dry_run import OneLayer, samples_of_rank

@@ -22,11 +22,11 @@ from megascore.mcore.huggingface.config import HuggingFaceModelConfig, read_conf
 from megascore.mcore.huggingface.config_values import UnsupportedModelError
 from megascore.mcore.huggingface.load import Checkpoint, load_weights
 from megascore.mcore.layout import check_divisible
-from megascore.mcore.megatron_checkpoint import MegatronCheckpoint
-from megascore.mcore.megatron_checkpoint_args import architecture_from_args
-from megascore.mcore.megatron_checkpoint_load import load_checkpoint
-from megascore.mcore.source_bridge import BridgeBuilder, BridgeWeights, find_bridge
-from megascore.mcore.source_provider import ProviderBuilder, ProviderWeights
+from megascore.mcore.sources.bridge import BridgeBuilder, BridgeWeights, find_bridge
+from megascore.mcore.sources.provider import ProviderBuilder, ProviderWeights
+from megascore.mcore.torch_dist.args import architecture_from_args
+from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
+from megascore.mcore.torch_dist.load import load_checkpoint
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from megascore.scoring.fingerprint import weights_fingerprint
 

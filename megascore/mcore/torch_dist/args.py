@@ -13,9 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascore.errors import ModelError
 from megascore.mcore.architecture import Architecture, Experts
-from megascore.mcore.inert import InertRecord
-from megascore.mcore.megatron_checkpoint import MegatronCheckpoint
-from megascore.mcore.megatron_checkpoint_run_config import RUN_CONFIG, args_of_run_config
+from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
+from megascore.mcore.torch_dist.inert import InertRecord
+from megascore.mcore.torch_dist.run_config import RUN_CONFIG, args_of_run_config
 
 __all__ = ["architecture_from_args"]
 

@@ -15,7 +15,7 @@ from megascore.capture.cached_feed import CachedFeed
 from megascore.capture.stand_ins import ReturnForm
 from megascore.capture.stores import TensorStore
 from megascore.capture.weights import MovingWeights
-from megascore.mcore.blockwise_layers import layers_of
+from megascore.mcore.blockwise.layers import layers_of
 from megascore.mcore.schedule import LossSums, MicroBatch, empty_hidden_states, forward_step, output_layers
 from megascore.scoring.run import ScoringRun
 

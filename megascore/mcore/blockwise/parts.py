@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from megascore.mcore.blockwise_layers import LayerOrder
+from megascore.mcore.blockwise.layers import LayerOrder
 from megascore.mcore.view import MegatronModelView
 from megascore.parallel.comm import gather_objects
 from megascore.scoring.block_views import PartView, places_by_block

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from megascore.capture.weights import MovingWeights
-from megascore.mcore.blockwise_layers import layers_of
-from megascore.mcore.empty_layers import filled
+from megascore.mcore.blockwise.empty_layers import filled
+from megascore.mcore.blockwise.layers import layers_of
 from megascore.mcore.gpt import build_gpt
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig
 from megascore.mcore.huggingface.load import load_layer, load_weights
 from megascore.mcore.inputs import JobInputs
-from megascore.mcore.source import ModelSource
+from megascore.mcore.sources.source import ModelSource
 from megascore.scoring.config import JobConfig
 
 __all__ = ["BlockwiseModel", "build_for_blocks", "load_for_blocks"]

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megascore.errors import ModelError
-from megascore.mcore.inert import InertRecord, inert_class
+from megascore.mcore.torch_dist.inert import InertRecord, inert_class
 
 __all__ = ["CheckpointIndex", "read_index"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megascore.errors import ModelError
-from megascore.mcore.source_provider import checked_chunks
+from megascore.mcore.sources.provider import checked_chunks
 from megascore.scoring.config import ParallelConfig
 from megascore.scoring.fingerprint import weights_fingerprint
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megascore.errors import ModelError
-from megascore.mcore.megatron_checkpoint import MegatronCheckpoint
+from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
 
 __all__ = ["load_checkpoint"]
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from megascore.capture.stores import HostStore, SpoolStore, TensorStore
-from megascore.mcore.blockwise_chunk import ChunkRunner
-from megascore.mcore.blockwise_layers import LayerOrder, order_of_layers
-from megascore.mcore.blockwise_model import BlockwiseModel, load_for_blocks
-from megascore.mcore.blockwise_parts import ModelParts
+from megascore.mcore.blockwise.chunk import ChunkRunner
+from megascore.mcore.blockwise.layers import LayerOrder, order_of_layers
+from megascore.mcore.blockwise.model import BlockwiseModel, load_for_blocks
+from megascore.mcore.blockwise.parts import ModelParts
 from megascore.mcore.inputs import JobInputs
 from megascore.mcore.schedule import MicroBatch
 from megascore.mcore.steps import LossTotal, progress_entries, slices_of_step

@@ -1,0 +1,1 @@
+"""Where a job's model comes from: Hugging Face, a Megatron checkpoint, a function, Megatron-Bridge."""

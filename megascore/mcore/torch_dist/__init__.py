@@ -1,0 +1,1 @@
+"""Megatron checkpoints of the torch_dist format, read without running their pickles."""
