@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +154,7 @@ class CheckpointKeeper:
     def _find(self, identity: Mapping[str, Any]) -> Found | None:
         folder = self._open_folder
         if self._plan.afresh:
-            is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-            for path in folder.start_afresh(_launch(), is_restart=is_restart):
+            for path in folder.start_afresh(_launch(), is_restart=_is_restart()):
                 self._say(f"dropped {path}: run.resume=never")
         found = folder.newest()
         if found is None:
@@ -202,9 +202,13 @@ class CheckpointKeeper:
 
 
 def _launch() -> str:
-    """Return what tells this launch of the program from others, the same for all restarts that belong to it.
+    """Return what tells this launch of the program from others, the same for restarts by torchrun's agent."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return uuid.uuid4().hex
+    return f"process {os.getppid()} on {socket.gethostname()}"
 
-    A requeued Slurm job is one launch; else that is the process that started rank 0: torchrun's agent, or a shell.
-    """
-    job = os.environ.get("SLURM_JOB_ID")
-    return f"Slurm job {job}" if job else f"process {os.getppid()} on {socket.gethostname()}"
+
+def _is_restart() -> bool:
+    """Tell whether torchrun has restarted the ranks, or Slurm has requeued the job."""
+    counts = (os.environ.get(name) or "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count != "0" for count in counts)

@@ -124,13 +124,13 @@ class Checkpointer:
             CheckpointError: there is a checkpoint, and it is damaged or another run's; every difference is named.
         """
         self._identity = identity
-        self.was_finished = bool(
-            broadcast_object(self._on_rank_0("looking at the folder", lambda keeper: keeper.is_finished))
-        )
         found = self._on_rank_0("looking for a checkpoint", lambda keeper: keeper.find(identity))
         data = broadcast_object(found.data if found is not None else None)
         if data is None:
             return None
+        # Asked after a fresh start has dropped what an earlier run said of itself.
+        finished = self._on_rank_0("looking at the folder", lambda keeper: keeper.is_finished)
+        self.was_finished = bool(broadcast_object(finished))
         snapshot = agree("reading the checkpoint", lambda: Snapshot.from_bytes(data))
         self._saved_cursor = snapshot.cursor
         return snapshot

@@ -172,6 +172,11 @@ def test_starting_afresh_is_asked_for(stopped: Job, world: WorkerPool) -> None:
     told = world.run(1, run_on_rank, stopped, ["run.resume=never", "run.seed=3"])[0]
     assert "going on from" not in told
     assert stopped.scores().metadata["data"]["seed"] == 3
+    # And asked for again, also where the same process has done it before.
+    stopped.output.unlink()
+    told = world.run(1, run_on_rank, stopped, ["run.resume=never", "run.seed=3"])[0]
+    assert "dropped" in told
+    assert "going on from" not in told
 
 
 def test_a_finished_run_says_so_and_leaves_its_result_alone(stopped: Job, world: WorkerPool) -> None:
