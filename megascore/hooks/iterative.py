@@ -12,7 +12,7 @@ from megascore.errors import HookStateError
 from megascore.hooks import kernels
 from megascore.hooks.contributions import Contributions
 from megascore.hooks.exact import exact
-from megascore.hooks.schedule import pruning_schedule
+from megascore.hooks.schedule import num_pruned_after, pruning_schedule
 from megascore.hooks.statistics import Merge, State, Statistic
 from megascore.hooks.weights import WeightHook, output_bias, weight_matrix
 
@@ -197,7 +197,7 @@ class IterativeChannelContributionHook(WeightHook):
 
     def _num_pruned(self) -> int:
         """Channels of the whole layer pruned so far: known from the schedule, without asking the device."""
-        return sum(self.pruning_schedule[: self._iteration])
+        return num_pruned_after(self._iteration, self._total_channels(), self._num_iterations)
 
     def _num_pruned_here(self, pruned: Tensor) -> int:
         """Count ``pruned``, bool by channel of the inputs; here those are all channels, and the schedule tells."""
@@ -219,7 +219,9 @@ class IterativeChannelContributionHook(WeightHook):
     def _advance(self, sums: Tensor, count: Tensor) -> None:
         # The count is 0 where a mask on a GPU empties a call: `compute` tells, for here nobody may wait for it.
         self._state["agg_contribution"] += sums / count.clamp(min=1)
-        number = self.pruning_schedule[self._iteration]
+        number = (
+            num_pruned_after(self._iteration + 1, self._total_channels(), self._num_iterations) - self._num_pruned()
+        )
         if number:
             self._prune(number)
             self._state["agg_contribution"].zero_()

@@ -16,21 +16,24 @@ Shape letters: S sequence, B samples, T tokens, C channels.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from megascore.hooks.column_sum import ColumnSum, num_parts
+from megascore.hooks.exact import unrounded
+from megascore.hooks.workspace import Workspace
+
 __all__ = [
-    "ColumnSum",
     "abs_sum",
     "abs_sum_of_samples",
     "accumulation_dtype",
     "chunks",
     "column_norms",
     "num_tokens",
+    "rows_at_once",
     "samples_at_once",
     "take_columns",
     "token_views",
@@ -40,17 +43,10 @@ CPU_SCRATCH_BYTES = 3 << 18
 """Scratch of a reduction on a CPU, for each thread: it must stay in the L2 cache, of which cores have 1 to 2 MB."""
 SCRATCH_BYTES = 1 << 25
 """Scratch elsewhere: large enough that kernels are launched rarely."""
-_of_thread = threading.local()
 MIN_ROWS_AT_ONCE = 16
 """Rows that the scratch should hold where there is a choice: fewer cost more in calls than they save."""
 INDEX_BYTES = 1 << 21
 """Room for indices of columns."""
-ROWS_AT_ONCE = 256
-"""Numbers of one sign that float32 adds one after the other with a relative error of some 3e-7."""
-ROWS_OF_PRODUCT = ROWS_AT_ONCE - 16
-"""Numbers that a product adds; the others of `ROWS_AT_ONCE` are for adding up several products."""
-MAX_PARTS = 16
-"""Threads that get scratch and a product of their own: with more, the overhead of each grows faster than the gain."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,18 +55,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rows_at_once(bytes_each: int, device: torch.device) -> int:
-    """Return how many rows of ``bytes_each`` bytes the scratch holds; one at least."""
-    budget = _cpu_scratch_bytes() if device.type == "cpu" else SCRATCH_BYTES
-    return max(1, budget // max(1, bytes_each))
-
-
-def _num_parts() -> int:
-    """Return how many threads of a CPU share a reduction."""
-    return min(torch.get_num_threads(), MAX_PARTS)
-
-
-def _cpu_scratch_bytes() -> int:
-    return CPU_SCRATCH_BYTES * max(2, _num_parts())
+    """Return how many rows of ``bytes_each`` bytes the scratch holds; one at least, and as many for each thread."""
+    if device.type != "cpu":
+        return max(1, SCRATCH_BYTES // max(1, bytes_each))
+    parts = num_parts()
+    step = CPU_SCRATCH_BYTES * max(2, parts) // max(1, bytes_each)
+    return max(1, step - step % parts if step > parts else step)
 
 
 def chunks(length: int, bytes_each: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -126,6 +116,9 @@ def abs_sum(x: Tensor, token_mask: Tensor | None = None) -> Tensor:
     Returns:
         [C] float64.
     """
+    if token_mask is None and x.is_contiguous():
+        # What `token_views` finds, too, but this is where a call's time goes.
+        return _column_sums(x.view(-1, x.shape[-1]), None, _fill_abs)
     total = x.new_zeros(x.shape[-1], dtype=torch.float64)
     for (tokens,), mask in token_views([x], token_mask):
         total += _column_sums(tokens, mask, _fill_abs)
@@ -154,92 +147,35 @@ def samples_at_once(x: Tensor) -> int:
     return rows_at_once(num_channels * accumulation_dtype(x.dtype).itemsize * MIN_ROWS_AT_ONCE, x.device)
 
 
-def take_columns(matrix: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return some columns of ``matrix`` [T, C] in the order of ``columns`` [N] int64, in ``out`` [T, N] or a new one.
+def take_columns(matrix: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+    """Write some columns of ``matrix`` [T, C], in the order of ``columns`` [N] int64, to ``out`` [T, N] and return it.
 
     On a CPU, `index_select` copies one number after the other, and `gather` several: two to four times faster, a few
-    rows at a time, as it may make an index for each number.
+    rows at a time, as it may make an index for each number. ``out`` may be of a wider type.
     """
     if matrix.device.type != "cpu":
-        return torch.index_select(matrix, 1, columns, out=out)
-    taken = matrix.new_empty(len(matrix), len(columns)) if out is None else out
-    step = max(1, INDEX_BYTES // (columns.itemsize * max(1, len(columns))))
-    index = columns.expand(min(step, len(matrix)), -1)
-    for start in range(0, len(matrix), step):
-        rows = matrix[start : start + step]
-        torch.gather(rows, 1, index[: len(rows)], out=taken[start : start + step])
-    return taken
+        return (
+            out.copy_(matrix.index_select(1, columns))
+            if out.dtype != matrix.dtype
+            else torch.index_select(matrix, 1, columns, out=out)
+        )
+    step = min(len(matrix), max(1, INDEX_BYTES // (columns.itemsize * max(1, len(columns)))))
+    index = columns.expand(step, -1)
+    with Workspace(matrix.device) as workspace:
+        narrow = None if out.dtype == matrix.dtype else workspace.empty((step, len(columns)), matrix.dtype)
+        for start in range(0, len(matrix), step):
+            rows, taken = matrix[start : start + step], out[start : start + step]
+            if narrow is None:
+                torch.gather(rows, 1, index[: len(rows)], out=taken)
+            else:
+                taken.copy_(torch.gather(rows, 1, index[: len(rows)], out=narrow[: len(rows)]))
+    return out
 
 
 def column_norms(weight: Tensor) -> Tensor:
     """Return the Euclidean norm of each column of ``weight`` [E, C]: [C] float64."""
-    return _column_sums(weight.detach(), None, _fill_square).sqrt()
-
-
-class ColumnSum:
-    """Adds up the columns of matrices that come a few rows at a time.
-
-    On a CPU by products with ones, which add the columns of a row-major matrix faster than `Tensor.sum` does. Each
-    thread gets the rows that it has just written when an elementwise operation filled the matrix, for they are in the
-    cache of its core: as one product for each thread, in a batch. Products add one number after the other, so float32
-    gets no more than `ROWS_AT_ONCE` additions in a chain before float64 takes over.
-    """
-
-    def __init__(self, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Start from zero; ``dtype`` is that of the matrices, float32 or float64."""
-        self._total = torch.zeros(num_columns, dtype=torch.float64, device=device)
-        self._on_cpu = device.type == "cpu"
-        self._num_parts = _num_parts() if self._on_cpu else 1
-        self._partial = torch.zeros(self._num_parts, 1, num_columns, dtype=dtype, device=device)
-        self._ones = self._partial.new_ones(self._num_parts, 1, 1)
-        self._chain = 0
-
-    def add(self, matrix: Tensor) -> None:
-        """Add the rows of ``matrix`` [T, C], contiguous; it is not kept."""
-        if not self._on_cpu:
-            self._total += matrix.sum(0)
-            return
-        num_rows = len(matrix)
-        at_once = ROWS_OF_PRODUCT * self._num_parts
-        if num_rows > at_once:
-            for rows in torch.split(matrix, at_once):
-                self.add(rows)
-            return
-        rows_each, num_left = divmod(num_rows, self._num_parts)
-        # The longest product so far, and one addition for each product after it.
-        self._chain = max(self._chain, rows_each) + 1 + num_left
-        if self._chain > ROWS_AT_ONCE:
-            self._flush()
-            self._chain = rows_each + 1 + num_left
-        if rows_each:
-            if self._ones.shape[-1] != rows_each:
-                self._ones = self._partial.new_ones(self._num_parts, 1, rows_each)
-            even = matrix[: num_rows - num_left] if num_left else matrix
-            self._partial.baddbmm_(self._ones, even.view(self._num_parts, rows_each, -1))
-        for row in range(num_rows - num_left, num_rows):
-            self._partial[0, 0] += matrix[row]
-
-    def result(self) -> Tensor:
-        """Return the sum so far: [C] float64."""
-        self._flush()
-        return self._total
-
-    def _flush(self) -> None:
-        # Not in one step: adding two types is an order of magnitude slower than converting one.
-        self._total += self._partial.double().sum((0, 1))
-        self._partial.zero_()
-        self._chain = 0
-
-
-def _scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return uninitialized memory; on a CPU the same in each call of a thread, for fresh pages cost time."""
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    if device.type != "cpu" or num_bytes > _cpu_scratch_bytes():
-        return torch.empty(shape, dtype=dtype, device=device)
-    if not hasattr(_of_thread, "buffer") or len(_of_thread.buffer) < num_bytes:
-        _of_thread.buffer = torch.empty(_cpu_scratch_bytes(), dtype=torch.uint8)
-    buffer: Tensor = _of_thread.buffer
-    return buffer[:num_bytes].view(dtype).view(shape)
+    with unrounded(weight.device):
+        return _column_sums(weight.detach(), None, _fill_square).sqrt()
 
 
 def _leading_dims_merge(x: Tensor) -> bool:
@@ -268,15 +204,19 @@ def _column_sums(x: Tensor, token_mask: Tensor | None, fill: Callable[[Tensor, T
     length, rest = x.shape[0], x.shape[1:]
     if x.numel() == 0:
         return x.new_zeros(rest, dtype=torch.float64)
-    total = ColumnSum(rest.numel(), dtype, x.device)
-    step = rows_at_once(rest.numel() * dtype.itemsize, x.device)
-    scratch = _scratch((min(step, length), *rest), dtype, x.device)
-    matrix = scratch.view(len(scratch), -1)
-    for number, rows in enumerate(torch.split(x, step)):
-        if len(rows) < len(scratch):
-            scratch, matrix = scratch[: len(rows)], matrix[: len(rows)]
-        fill(scratch, rows)
-        if token_mask is not None:
-            scratch.masked_fill_(~token_mask[number * step :][: len(rows)].unsqueeze(-1), 0)
-        total.add(matrix)
-    return total.result().view(rest)
+    width = rest.numel()
+    step = min(length, rows_at_once(width * dtype.itemsize, x.device))
+    with Workspace(x.device) as workspace:
+        total = ColumnSum(width, dtype, x.device, workspace)
+        filled = scratch = workspace.empty((step, *rest), dtype)
+        add = total.adder(scratch.view(step, width))
+        for start in range(0, length, step):
+            rows = x[start : start + step]
+            if start + step > length:
+                scratch[len(rows) :].zero_()
+                filled = scratch[: len(rows)]
+            fill(filled, rows)
+            if token_mask is not None:
+                filled.masked_fill_(~token_mask[start : start + step].unsqueeze(-1), 0)
+            add()
+        return total.result().view(rest)

@@ -49,18 +49,21 @@ class L2NormHook(ForwardHook):
         mask = None if token_mask is None else token_mask.reshape(seq_len, num_samples)
         self.allocate(num_channels, x.device)
         self._note_dtype(x)
-        counts = x.new_full((num_samples,), seq_len, dtype=torch.int64) if mask is None else mask.sum(0)
         num_tokens = kernels.num_tokens(x, mask)
         self._count_tokens(num_tokens)
         if self.defers:
+            counts = x.new_full((num_samples,), seq_len, dtype=torch.int64) if mask is None else mask.sum(0)
             self._pending += [kernels.abs_sum_of_samples(x, mask), counts.double()]
             return
         self._count_call(num_tokens)
         step = kernels.samples_at_once(x)
         for start in range(0, num_samples, step):
-            some = slice(start, start + step)
-            part = None if mask is None else mask[:, some]
-            self._fold(kernels.abs_sum_of_samples(x[:, some], part), counts[some])
+            some = x[:, start : start + step]
+            if mask is None:
+                self._fold_whole_samples(kernels.abs_sum_of_samples(some), seq_len)
+            else:
+                part = mask[:, start : start + step]
+                self._fold(kernels.abs_sum_of_samples(some, part), part.sum(0))
 
     def pending(self) -> list[Tensor]:
         """Return, for each call that waits, sums over the sequence [B, C] and token counts [B]; all float64."""
@@ -96,6 +99,13 @@ class L2NormHook(ForwardHook):
         return inputs if inputs.dim() == 3 else inputs.unsqueeze(1)
 
     def _fold(self, sums: Tensor, counts: Tensor) -> None:
+        """Add samples, given the sums over their sequences [B, C] and how many tokens of each counted [B]."""
         means = sums / counts.clamp(min=1).unsqueeze(-1)
         self._state["sum_of_squared_means"] += means.square_().sum(0)
         self._state["num_samples"] += (counts > 0).sum()
+
+    def _fold_whole_samples(self, sums: Tensor, seq_len: int) -> None:
+        """Add samples of ``seq_len`` tokens each; overwrites ``sums``."""
+        if seq_len:
+            self._state["sum_of_squared_means"].add_(sums.square_().sum(0), alpha=seq_len**-2)
+            self._state["num_samples"] += len(sums)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["pruning_schedule"]
+__all__ = ["num_pruned_after", "pruning_schedule"]
 
 
 def pruning_schedule(num_channels: int, num_iterations: int) -> list[int]:
@@ -23,3 +23,18 @@ def pruning_schedule(num_channels: int, num_iterations: int) -> list[int]:
     for number in range(1, num_channels + 1):
         schedule[number * num_iterations // num_channels - 1] = 1
     return schedule
+
+
+def num_pruned_after(done: int, num_channels: int, num_iterations: int) -> int:
+    """Return how many channels the first ``done`` iterations of `pruning_schedule` prune, without going through them.
+
+    >>> [num_pruned_after(done, 10, 4) for done in range(5)]
+    [0, 3, 6, 8, 10]
+    >>> [num_pruned_after(done, 4, 10) for done in range(11)]
+    [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4]
+    """
+    if num_channels >= num_iterations:
+        share, remainder = divmod(num_channels, num_iterations)
+        return done * share + min(done, remainder)
+    # The largest number with number * num_iterations // num_channels <= done.
+    return ((done + 1) * num_channels - 1) // num_iterations

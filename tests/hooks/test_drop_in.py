@@ -20,7 +20,7 @@ from megascore.hooks import (
     L2NormHook,
     LayerNormContributionHook,
 )
-from megascore.hooks.schedule import pruning_schedule
+from megascore.hooks.schedule import num_pruned_after, pruning_schedule
 
 
 def kv_settings(num_heads: int = 4, num_kv_heads: int = 2, **config: object) -> dict[str, object]:
@@ -159,6 +159,14 @@ def test_schedule_prunes_every_channel_and_one_in_the_last_iteration(
 ) -> None:
     assert pruning_schedule(num_channels, num_iterations) == expected
     assert sum(expected) == num_channels
+
+
+def test_the_number_pruned_so_far_is_that_of_the_schedule() -> None:
+    for num_channels in range(1, 13):
+        for num_iterations in range(1, 30):
+            schedule = pruning_schedule(num_channels, num_iterations)
+            for done in range(num_iterations + 1):
+                assert num_pruned_after(done, num_channels, num_iterations) == sum(schedule[:done])
 
 
 def results_in(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
