@@ -21,7 +21,7 @@ EPSILON = 1e-8
 TOKENS_AT_ONCE = 1024
 """Enough rows for products at full speed, and for gathering weights to cost little beside them."""
 CHUNK_BYTES = 36 << 20
-"""Bound on the temporaries of a chunk of tokens that are as wide as the output."""
+"""Bound on the temporaries of a chunk of tokens: its gathered inputs, and what is as wide as the output."""
 BLOCK_BYTES = 16 << 20
 """Bound on the temporaries of a block of kept channels, and on gathered columns of the weight."""
 
@@ -131,7 +131,7 @@ class _Columns:
         self, weight: Tensor, order: Tensor, dtype: torch.dtype, num_tokens: int, workspace: Workspace
     ) -> None:
         """Keep columns in ``dtype``, for products with ``num_tokens`` tokens."""
-        self._order, self._weight, self._dtype = order, weight, dtype
+        self._order, self._weight = order, weight
         # In float32: a product in two parts, its sum and the inputs; and the block itself, and a library's copy of it.
         at_once = BLOCK_BYTES // (16 * num_tokens)
         self._gathered: Tensor | None = None

@@ -118,7 +118,7 @@ def abs_sum(x: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """
     if token_mask is None and x.is_contiguous():
         # What `token_views` finds, too, but this is where a call's time goes.
-        return _column_sums(x.view(-1, x.shape[-1]), None, _fill_abs)
+        return _column_sums(x.view(x.shape[:-1].numel(), x.shape[-1]), None, _fill_abs)
     total = x.new_zeros(x.shape[-1], dtype=torch.float64)
     for (tokens,), mask in token_views([x], token_mask):
         total += _column_sums(tokens, mask, _fill_abs)
@@ -154,11 +154,9 @@ def take_columns(matrix: Tensor, columns: Tensor, out: Tensor) -> Tensor:
     rows at a time, as it may make an index for each number. ``out`` may be of a wider type.
     """
     if matrix.device.type != "cpu":
-        return (
-            out.copy_(matrix.index_select(1, columns))
-            if out.dtype != matrix.dtype
-            else torch.index_select(matrix, 1, columns, out=out)
-        )
+        if out.dtype != matrix.dtype:
+            return out.copy_(matrix.index_select(1, columns))
+        return torch.index_select(matrix, 1, columns, out=out)
     step = min(len(matrix), max(1, INDEX_BYTES // (columns.itemsize * max(1, len(columns)))))
     index = columns.expand(step, -1)
     with Workspace(matrix.device) as workspace:
