@@ -118,6 +118,9 @@ class IndependentKvHeadContributionHook(WeightHook):
     def _norms(self, x: Tensor, head: int) -> Tensor:
         """Return norm2(W_g x_g) of each token: ``x`` is [T, width], the result [T]."""
         factor = self._factors[head]
+        if x.device.type == "cpu":
+            # Blocks are too small to gain from products of bfloat16 there, and each would convert its part again.
+            x = x.to(torch.promote_types(x.dtype, factor.dtype))
         step = max(MIN_BLOCK_ROWS, -(-len(factor) // NUM_BLOCKS))
         squares = [
             torch.linalg.vector_norm(product(x[:, row:], factor[row : row + step, row:].mT), dim=-1).square_()
