@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -19,7 +21,7 @@ from megascore.scoring.progress import ScoringProgress
 from megascore.scoring.run import ScoringRun
 from megascore.scoring.snapshot import Snapshot
 
-__all__ = ["LossTotal", "progress_entries", "run_steps", "slices_of_step"]
+__all__ = ["LossTotal", "progress_entries", "progress_facts", "run_steps", "slices_of_step"]
 
 
 def run_steps(
@@ -124,6 +126,11 @@ def slices_of_step(config: JobConfig, step: int, samples: Samples) -> list[slice
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
+
+
+def progress_facts(config: JobConfig) -> dict[str, Any]:
+    """Return what the progress file says of the job, however it runs."""
+    return {"output": config.run.output, "layout": asdict(config.parallel)}
 
 
 def progress_entries(progress: ScoringProgress, tokens: int) -> dict[str, float | int | None]:

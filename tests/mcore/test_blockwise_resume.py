@@ -115,8 +115,11 @@ def test_a_run_that_only_lacks_its_result_writes_it(
 ) -> None:
     job = make_job(tmp_path / "run", model_root)
     world.run(2, run_on_rank, job, (BLOCKWISE,))
-    # Counted as in a full pass, though each layer goes over all of them.
-    assert read_status(job.checkpoints)["tokens"] == full_pass.scores().metadata["num_tokens"]
+    # Counted as in a full pass, though each layer goes over all of them; and told in the same words.
+    status, of_full_pass = read_status(job.checkpoints), read_status(full_pass.checkpoints)
+    assert status["tokens"] == full_pass.scores().metadata["num_tokens"]
+    assert set(status) - set(of_full_pass) == {"block", "total_blocks"}
+    assert status["layout"] == of_full_pass["layout"]
     folder = CheckpointFolder(job.checkpoints)
     assert [path.name[-15:] for path in folder.checkpoints()] == ["004.safetensors", "005.safetensors"]
     folder.close()
@@ -144,8 +147,11 @@ def test_checkpoints_come_as_often_as_was_asked_for(model_root: Path, tmp_path: 
 
 
 def test_kills_at_random_moments_change_nothing(full_pass: Job, model_root: Path, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+
     def start(job: Job) -> RankProcesses:
-        return RankProcesses(2, ["score", str(job.config), BLOCKWISE, *LAYOUTS["PP 2"][1]], job.folder / "log.txt")
+        overrides = [BLOCKWISE, f"run.spool_dir={spool}", *LAYOUTS["PP 2"][1]]
+        return RankProcesses(2, ["score", str(job.config), *overrides], job.folder / "log.txt")
 
     # The first start also imports everything.
     assert start(make_job(tmp_path / "first", model_root)).wait() == [0, 0]
@@ -167,5 +173,7 @@ def test_kills_at_random_moments_change_nothing(full_pass: Job, model_root: Path
             num_kills += killed
             assert killed or codes == [0, 0], (codes, log.read_text())
         num_resumed += log.read_text().count("going on from")
+        # Those of killed ranks are gone, too.
+        assert list(spool.iterdir()) == []
         assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
     assert num_resumed, "some kills should hit a run that has saved something"

@@ -17,7 +17,7 @@ from megascore.mcore.blockwise.model import BlockwiseModel, load_for_blocks
 from megascore.mcore.blockwise.parts import ModelParts
 from megascore.mcore.inputs import JobInputs
 from megascore.mcore.schedule import MicroBatch
-from megascore.mcore.steps import LossTotal, progress_entries, slices_of_step
+from megascore.mcore.steps import LossTotal, progress_entries, progress_facts, slices_of_step
 from megascore.mcore.view import MegatronModelView
 from megascore.parallel.comm import agree, max_over_world, world_rank
 from megascore.scoring.assemble import assemble_scores
@@ -65,7 +65,7 @@ def run_blockwise(
     requests = present_requests(view, requests)
     order = order_of_layers(model.chunks)
     if checkpoints is not None:
-        facts = {"output": config.run.output, "layout": dict(view.layout), "total_blocks": order.num_layers}
+        facts = {**progress_facts(config), "total_blocks": order.num_layers}
         checkpoints.begin(inputs.total_steps, snapshot, facts)
     loss = LossTotal(device)
     if snapshot is not None:
