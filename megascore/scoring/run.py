@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from megascore.errors import CheckpointError, DataError
 from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, collective_device, sum_in_place
-from megascore.parallel.merge import Part, merge_over_world
+from megascore.parallel.merge import Part, Plan, merge_over_world
 from megascore.parallel.placed_hook import PlacedHook
 from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.places import ModelView
@@ -96,6 +96,11 @@ class ScoringRun:
         for module, training in self._modes:
             module.training = training
         self._modes.clear()
+
+    @property
+    def declared(self) -> tuple[Plan, Plan]:
+        """The statistics, and the finished scores, of all sites in the world, by their keys."""
+        return self._plan, self._score_plan
 
     @property
     def token_mask(self) -> Tensor | None:

@@ -7,12 +7,15 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megascore.scoring.checkpoint_folder import CheckpointFolder
+from megascore.scoring.snapshot import Snapshot
 from megascore.scoring.status import RunState, read_status
 from tests.mcore.resumable import Job, assert_same_scores, make_job, run_on_rank
 from tests.pool import WorkerPool
@@ -124,6 +127,10 @@ def test_a_run_that_only_lacks_its_result_writes_it(
     assert [path.name[-15:] for path in folder.checkpoints()] == ["004.safetensors", "005.safetensors"]
     folder.close()
     job.output.unlink()
+    spoilt = copy_of(job, tmp_path / "spoilt", model_root)
+    change(spoilt, states=lambda states: states["decoder.final_layernorm/hidden_size/l2_norm"].popitem())
+    told = world.run(1, run_on_rank, spoilt, (BLOCKWISE,))
+    assert "CheckpointError: the saved results of 5 blocks are not of this run: decoder.final_layernorm" in told[0]
     shown = world.run(1, run_on_rank, job, (BLOCKWISE,))
     assert "checkpoint of block" not in shown[0]
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
@@ -137,6 +144,58 @@ def test_checkpoints_of_the_two_ways_to_run_are_kept_apart(
     assert "run.blockwise is True there, False here" in told[0]
     told = world.run(1, run_on_rank, copy_of(full_pass, tmp_path / "two", model_root), (BLOCKWISE,))
     assert "run.blockwise is False there, True here" in told[0]
+
+
+def change(job: Job, **changes: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite parts of a job's newest checkpoint, by their names; it is whole, and has a right checksum."""
+    path = max(job.checkpoints.glob("*.safetensors"))
+    snapshot = Snapshot.from_bytes(path.read_bytes())
+    parts = {name: dict(getattr(snapshot, name)) for name in changes}
+    for name, function in changes.items():
+        function(parts[name])
+    path.write_bytes(replace(snapshot, **parts).to_bytes())
+
+
+def test_a_finished_layer_is_believed_only_if_it_has_what_the_model_declares(
+    stopped: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    fc2, block = "decoder.layers.0.mlp.linear_fc2/ffn", "decoder.layers.0/layers/block_similarity"
+
+    def spoil_states(states: dict[str, Any]) -> None:
+        l2_norm = states[f"{fc2}/l2_norm"]
+        l2_norm["sum_of_squared_means"] = l2_norm["sum_of_squared_means"][:-1]
+        l2_norm["num_calls"] = l2_norm["num_calls"].double()
+        l2_norm["num_heads"] = l2_norm.pop("num_tokens")
+        states["decoder.layers.1/layers/block_similarity"] = states.pop(block)
+
+    def spoil_scores(sums: dict[str, Any]) -> None:
+        sums[f"score/{fc2}/l2_norm"] = sums[f"score/{fc2}/l2_norm"].float()[:3]
+        del sums[f"score/{block}"]
+
+    job = copy_of(stopped, tmp_path / "run", model_root)
+    change(job, states=spoil_states, sums=spoil_scores)
+    told = world.run(2, run_on_rank, job, (BLOCKWISE, *LAYOUTS["PP 2"][1]))
+    assert "CheckpointError: the saved results of 1 blocks are not of this run: " in told[0]
+    for difference in (
+        f"{block} has no saved state",
+        "decoder.layers.1/layers/block_similarity has a saved state, but is in none of these blocks",
+        f"{fc2}/l2_norm: 'num_tokens' is missing",
+        f"{fc2}/l2_norm: 'num_heads' is there, but not kept here",
+        f"{fc2}/l2_norm: 'sum_of_squared_means' has shape [95] there, [96] here",
+        f"{fc2}/l2_norm: 'num_calls' is float64 there, int64 here",
+        f"{block} has no saved score",
+        f"{fc2}/l2_norm: 'score' has shape [3] there, [96] here",
+        f"{fc2}/l2_norm: 'score' is float32 there, float64 here",
+    ):
+        assert f" {difference};" in told[0].replace(". Go on", ";"), difference
+    assert told[0].count(";") == 8
+    assert "RankFailure: comparing the finished layers failed on rank 0" in told[1]
+    assert not job.output.exists()
+
+    job = copy_of(stopped, tmp_path / "another", model_root)
+    change(job, cursor=lambda cursor: cursor.update(block=6))
+    told = world.run(1, run_on_rank, job, (BLOCKWISE,))
+    assert "CheckpointError: the checkpoint tells of 6 finished blocks, and this model has 4 layers" in told[0]
 
 
 def test_checkpoints_come_as_often_as_was_asked_for(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:

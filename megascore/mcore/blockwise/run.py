@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megascore.capture.stores import HostStore, SpoolStore, TensorStore
 from megascore.mcore.blockwise.chunk import ChunkRunner
+from megascore.mcore.blockwise.finished import check_finished
 from megascore.mcore.blockwise.layers import LayerOrder, order_of_layers
 from megascore.mcore.blockwise.model import BlockwiseModel, load_for_blocks
 from megascore.mcore.blockwise.parts import ModelParts
@@ -55,7 +56,7 @@ def run_blockwise(
         snapshot: What it goes on from.
 
     Raises:
-        MegascoreError: the model, its layers or the scores do not fit.
+        MegascoreError: the model, its layers, the scores or the checkpoint do not fit.
         Preempted: a signal came, and everything is saved.
     """
     model = agree("loading the model", lambda: load_for_blocks(config, inputs, device))
@@ -64,6 +65,8 @@ def run_blockwise(
     agree("looking for the modules to score", lambda: check_places(view, requests))
     requests = present_requests(view, requests)
     order = order_of_layers(model.chunks)
+    parts, done = ModelParts(view, order, requests), FinishedBlocks(snapshot)
+    check_finished(done, order, parts, device)
     if checkpoints is not None:
         facts = {**progress_facts(config), "total_blocks": order.num_layers}
         checkpoints.begin(inputs.total_steps, snapshot, facts)
@@ -72,8 +75,8 @@ def run_blockwise(
         loss.restore(snapshot.sums["loss"])
     store = agree("making the spool folder", lambda: _make_store(config.run))
     try:
-        loop = _LayerLoop(config, inputs, model, order, ModelParts(view, order, requests), store, loss, device)
-        results = loop.run(console, checkpoints, FinishedBlocks(snapshot))
+        loop = _LayerLoop(config, inputs, model, order, parts, store, loss, device)
+        results = loop.run(console, checkpoints, done)
     finally:
         store.close()
     results.require_data()
