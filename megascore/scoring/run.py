@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from megascore.closing import Closing
 from megascore.errors import CheckpointError, DataError
 from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, collective_device, sum_in_place
@@ -34,7 +34,7 @@ from megascore.scoring.sites import (
 __all__ = ["ScoringRun"]
 
 
-class ScoringRun:
+class ScoringRun(Closing):
     """Scores a model while it runs in its owner's loop.
 
     Building one is collective over the world: all ranks do it together, and so are `step` and `finish`. Forward
@@ -77,16 +77,6 @@ class ScoringRun:
         for follower in dict.fromkeys(site.place.mask_follower for site in self.sites):
             if follower is not None:
                 self._handles.append(follower.follow(lambda: self._token_mask))
-
-    def __enter__(self) -> ScoringRun:
-        """Return the run itself; the hooks are on already."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Take the hooks off, also after an error."""
-        self.close()
 
     def close(self) -> None:
         """Take the hooks off and restore the model's mode; the statistics stay. Not collective; can be repeated."""

@@ -16,9 +16,7 @@ from megascore.hooks import (
     L2NormHook,
     LayerNormContributionHook,
 )
-from tests.hooks.cases import CASES, ITERATIVE, KV_HEAD, NUM_CALLS, Case, feed, random_calls
-
-every_class = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+from tests.hooks.cases import ITERATIVE, KV_HEAD, NUM_CALLS, Case, every_class, feed, random_calls
 
 
 @every_class
