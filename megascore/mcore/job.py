@@ -131,7 +131,7 @@ def _quiet_megatron() -> Iterator[None]:
 def _load_model(config: JobConfig, inputs: JobInputs, device: torch.device) -> list[Any]:
     dtype = getattr(torch, config.model.dtype)
     chunks = inputs.source.build(config.parallel, dtype, device, config.data.sequence_length)
-    inputs.source.check_tokens(chunks, int(inputs.samples.tokens.max()))
+    inputs.source.check_tokens(chunks, inputs.samples.largest_token)
     inputs.source.load(chunks)
     return chunks
 

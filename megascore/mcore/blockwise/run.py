@@ -17,13 +17,13 @@ from megascore.mcore.blockwise.layers import LayerOrder, order_of_layers
 from megascore.mcore.blockwise.model import BlockwiseModel, load_for_blocks
 from megascore.mcore.blockwise.parts import ModelParts
 from megascore.mcore.inputs import JobInputs
-from megascore.mcore.schedule import MicroBatch
 from megascore.mcore.steps import LossTotal, progress_entries, progress_facts, slices_of_step
 from megascore.mcore.view import MegatronModelView
 from megascore.parallel.comm import agree, max_over_world, world_rank
 from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.checkpointing import Checkpointer
 from megascore.scoring.config import JobConfig, RunConfig
+from megascore.scoring.data import MicroBatches
 from megascore.scoring.finished_blocks import FinishedBlocks
 from megascore.scoring.progress import ScoringProgress
 from megascore.scoring.recipes import ScoreRequest, check_iterations
@@ -110,14 +110,14 @@ class _LayerLoop:
         self._order = order
         self._parts = parts
         self._loss = loss
-        micro_batches: list[MicroBatch] = []
+        of_rank: list[slice] = []
         self._indices: list[list[int]] = []
         """Of each step, which micro-batches this rank runs."""
         for step in range(self._total_steps):
             slices = slices_of_step(config, step, self._samples)
-            masks: Sequence[Tensor | None] = self._samples.masks_of(slices) or [None] * len(slices)
-            self._indices.append(list(range(len(micro_batches), len(micro_batches) + len(slices))))
-            micro_batches.extend((self._samples.tokens[part], mask) for part, mask in zip(slices, masks, strict=True))
+            self._indices.append(list(range(len(of_rank), len(of_rank) + len(slices))))
+            of_rank.extend(slices)
+        micro_batches = MicroBatches(self._samples, of_rank)
         self._runners = {
             number: ChunkRunner(chunk, micro_batches, store, device, loss=config.run.loss)
             for number, chunk in order.own.items()
