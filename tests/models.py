@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["DENSE_FAMILIES", "FAMILIES", "reference_logits", "reference_loss", "save_checkpoint"]
+__all__ = [
+    "DENSE_FAMILIES",
+    "FAMILIES",
+    "SIZES",
+    "reference_logits",
+    "reference_loss",
+    "save_checkpoint",
+    "save_tokenizer",
+]
 
 SIZES = {
     "hidden_size": 64,
@@ -73,6 +82,20 @@ def save_checkpoint(
     form = {"save_original_format": False} if fused_experts else {}
     model.save_pretrained(directory, max_shard_size=max_shard_size, **form)
     return directory
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Put a tokenizer beside a model: one token for each word, w0 to w99. Returns the folder."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(100)} | {"?": 100}, unk_token="?"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 @torch.no_grad()

@@ -38,9 +38,9 @@ def test_a_room_outside_mcore_imports_no_model_library(room: str) -> None:
     [
         ("hooks", {"hooks", "errors", "files"}),
         ("parallel", {"parallel", "hooks", "errors", "files"}),
-        ("capture", {"capture", "hooks", "errors", "files"}),
-        ("scoring", {"scoring", "parallel", "capture", "hooks", "errors", "files"}),
-        ("mcore", {"mcore", "scoring", "parallel", "capture", "hooks", "errors", "files"}),
+        ("capture", {"capture", "hooks", "errors", "files", "closing"}),
+        ("scoring", {"scoring", "parallel", "capture", "hooks", "errors", "files", "closing"}),
+        ("mcore", {"mcore", "scoring", "parallel", "capture", "hooks", "errors", "files", "closing"}),
     ],
 )
 def test_imports_run_one_way(room: str, allowed: set[str]) -> None:

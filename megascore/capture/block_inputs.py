@@ -74,6 +74,9 @@ class BlockInputCapture:
             halt: End the pass at the block. Otherwise it goes on: where other ranks would wait for it.
             store: Where tensors wait; the host's memory if not given.
             device: Where `inputs` gives tensors; the block's own device if not given.
+
+        Raises:
+            ConfigError: there is no such device.
         """
         self._block = block
         self._halts = halt
@@ -179,7 +182,7 @@ def capture_block_inputs(
         One call for each batch.
 
     Raises:
-        ConfigError: ``batches`` is one tensor.
+        ConfigError: ``batches`` is one tensor, or there is no such device.
         ModelError: there is no such block, or a pass did not reach it, or the batches hold a cache.
     """
     refuse_single_tensor(batches)

@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from megascore.capture.devices import usable_device
 from megascore.capture.nested import nested_leaves, nested_replace
 from megascore.capture.stores import HostStore, TensorStore
 from megascore.errors import ModelError
@@ -86,9 +87,12 @@ class StoredCalls(Sequence[BlockCall]):
         Args:
             store: Where tensors wait; the host's memory if not given. Several collections may share one.
             device: The compute device, on which calls are given back.
+
+        Raises:
+            ConfigError: there is no such device.
         """
         self._store = store if store is not None else HostStore()
-        self._device = torch.device(device)
+        self._device = usable_device(device)
         self._calls: list[BlockCall] = []
         self._hidden_keys: list[str] = []
         self._known: dict[int, tuple[Tensor, _Stored]] = {}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-import weakref
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -18,6 +14,7 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor
 
+from megascore.capture.spool_folder import SpoolFolder
 from megascore.errors import ConfigError, DataError
 from megascore.files import write_whole
 
@@ -115,7 +112,8 @@ class SpoolStore(TensorStore):
     """Keeps tensors in the host's memory up to a budget, and the others in files, one safetensors file for each.
 
     The files lie in a folder of their own inside the one that was given, and are gone after `close`, or with the store
-    itself. A file appears whole or not at all, and is checked when it is read.
+    itself. Those of a process that was killed are removed by the next store in the same place (see `SpoolFolder`). A
+    file appears whole or not at all, and is checked when it is read.
     """
 
     def __init__(self, folder: str | Path, memory_bytes: int = 0) -> None:
@@ -131,15 +129,13 @@ class SpoolStore(TensorStore):
         """
         if memory_bytes < 0:
             raise ConfigError(f"SpoolStore was given memory_bytes={memory_bytes}: expected 0 or more.")
-        self._folder = Path(folder) / f"megascore-spool-{os.getpid()}-{secrets.token_hex(4)}"
         self._memory_bytes = memory_bytes
         self._memory = HostStore()
         self._files: dict[str, _File] = {}
         try:
-            self._folder.mkdir(parents=True)
+            self._folder = SpoolFolder(Path(folder))
         except OSError as error:
             raise DataError(f"spool folder {folder} cannot be used: {error}. Name one that can be written.") from error
-        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Keep a copy, in memory while the budget lasts.
@@ -152,7 +148,7 @@ class SpoolStore(TensorStore):
             self._memory.put(key, tensor)
             self._remove_file(key)
             return
-        path = self._folder / f"{key}.safetensors"
+        path = self._folder.path / f"{key}.safetensors"
         is_complex = tensor.is_complex()
         content = bytes_of({"tensor": _storable(tensor)})
         try:
@@ -160,7 +156,7 @@ class SpoolStore(TensorStore):
             write_whole(path, content, sync=False)
         except OSError as error:
             raise DataError(
-                f"spool folder {self._folder.parent} took {len(self._files)} tensors, but not one more of "
+                f"spool folder {self._folder.path.parent} took {len(self._files)} tensors, but not one more of "
                 f"{len(content)} bytes: {error}. Make room, name another folder, or raise memory_bytes "
                 f"(now {self._memory_bytes})."
             ) from error
@@ -202,7 +198,7 @@ class SpoolStore(TensorStore):
     def close(self) -> None:
         """Remove the files and their folder, not the folder that was given."""
         self._files.clear()
-        self._remove_folder()
+        self._folder.close()
 
     def _remove_file(self, key: str) -> None:
         file = self._files.pop(key, None)

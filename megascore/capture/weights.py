@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megascore.capture.checkpoint import CheckpointFolder, find_name
-from megascore.errors import ConfigError, ModelError
+from megascore.capture.devices import usable_device
+from megascore.errors import ModelError
 
 __all__ = ["MovingWeights"]
 
@@ -38,7 +39,7 @@ class MovingWeights:
             ConfigError: there is no such device.
             ModelError: weights or buffers without content that the folder does not have, or not in this shape.
         """
-        self.device = _usable(device)
+        self.device = usable_device(device)
         self._checkpoint = None if folder is None else CheckpointFolder(folder)
         self._sources = self._find_sources(model)
         self._here: dict[int, Tensor] = {}
@@ -165,23 +166,6 @@ class MovingWeights:
                     f"{list(tensor.shape)} for {own_name}: the folder is of another model."
                 )
         return sources
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    """Return a device with its index, as tensors have it.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    try:
-        return torch.empty(0, device=device).device
-    # PyTorch asserts that it was built for the device.
-    except (AssertionError, ImportError, RuntimeError) as error:
-        told = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"device={str(device)!r} cannot be used on this machine: {told}. Give 'cpu', or 'cuda' where there is CUDA "
-            f"({torch.cuda.device_count()} such devices are visible here)."
-        ) from error
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megascore.errors import HookStateError
 from megascore.hooks import rank_files
-from megascore.hooks.statistics import State, Statistic
+from megascore.hooks.statistics import State, Statistic, differences
 
 __all__ = ["ForwardHook"]
 
@@ -301,14 +301,7 @@ class ForwardHook(ABC):
 
     def differences_from(self, saved: State, num_channels: int) -> list[str]:
         """Name every reason why merged statistics over ``num_channels`` channels can't be this hook's; none if fit."""
-        differences = []
-        for statistic in self.statistics(num_channels):
-            if statistic.name not in saved:
-                differences.append(f"'{statistic.name}' is missing")
-            elif tuple(saved[statistic.name].shape) != statistic.shape:
-                found = list(saved[statistic.name].shape)
-                differences.append(f"'{statistic.name}' has shape {found} there, {list(statistic.shape)} here")
-        return differences or self._weights_differences(saved)
+        return differences(self.statistics(num_channels), saved) or self._weights_differences(saved)
 
     def _weights_differences(self, saved: State) -> list[str]:
         """Name the weights that are not those of ``saved``. Nothing to compare for a hook without weights."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-__all__ = ["Merge", "State", "Statistic"]
+__all__ = ["Merge", "State", "Statistic", "differences"]
 
 State = Mapping[str, Tensor]
 """The tensors of a hook by statistic name."""
@@ -45,3 +45,23 @@ class Statistic:
     def zeros(self, device: torch.device | str) -> Tensor:
         """Return the statistic of no data: zeros of its shape and dtype on ``device``."""
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+
+def differences(declared: Iterable[Statistic], saved: State) -> list[str]:
+    """Name every statistic that a state lacks, has beside those declared, or has in another shape or type."""
+    wanted = {statistic.name: statistic for statistic in declared}
+    found = [f"'{name}' is missing" for name in wanted if name not in saved]
+    found += [f"'{name}' is there, but not kept here" for name in saved if name not in wanted]
+    for name, statistic in wanted.items():
+        if name not in saved:
+            continue
+        tensor = saved[name]
+        if tuple(tensor.shape) != statistic.shape:
+            found.append(f"'{name}' has shape {list(tensor.shape)} there, {list(statistic.shape)} here")
+        if tensor.dtype != statistic.dtype:
+            found.append(f"'{name}' is {_short(tensor.dtype)} there, {_short(statistic.dtype)} here")
+    return found
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

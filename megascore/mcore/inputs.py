@@ -15,7 +15,9 @@ from megascore.mcore.sources.source import ModelSource, model_source
 from megascore.parallel.comm import agree, broadcast_object, world_rank
 from megascore.scoring.config import JobConfig
 from megascore.scoring.data import (
+    OwnSamples,
     Samples,
+    Share,
     check_enough_samples,
     check_equal_shares,
     check_source,
@@ -36,7 +38,7 @@ class JobInputs:
     """What every rank knows of a job before the model is built."""
 
     source: ModelSource
-    samples: Samples
+    samples: OwnSamples
     weights_fingerprint: str
     total_steps: int
     identity: dict[str, Any]
@@ -111,7 +113,7 @@ def _check_output_path(config: JobConfig) -> None:
 
 
 def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[ScoreRequest]) -> JobInputs:
-    """Read data and fingerprints on rank 0, and give them to all. Collective over the world.
+    """Read data and fingerprints on rank 0, and give each rank those that it needs. Collective over the world.
 
     Raises:
         DataError: the data is damaged, or not enough for the layout.
@@ -123,16 +125,16 @@ def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[Score
         return _read_samples(config, source), source.fingerprint()
 
     own = agree("reading the data", read)
-    samples = share_samples(own[0] if own else None)
     weights_fingerprint = broadcast_object(own[1] if own else "")
-    total = num_steps(len(samples.tokens), config.run.global_batch_size)
+    samples = share_samples(own[0] if own else None, _share(config))
+    total = num_steps(samples.num_samples, config.run.global_batch_size)
     total = total if config.run.steps is None else min(total, config.run.steps)
     identity = identity_of(
         model={"weights_fingerprint": weights_fingerprint, "dtype": config.model.dtype, **source.identity()},
         data={
             "fingerprint": samples.fingerprint,
             "sequence_length": config.data.sequence_length,
-            "num_samples": len(samples.tokens),
+            "num_samples": samples.num_samples,
         },
         run={
             "seed": config.run.seed,
@@ -168,6 +170,14 @@ def check_output(config: JobConfig) -> None:
     """Refuse an output that is there, unless it may be replaced; rank 0 looks. Not collective."""
     if world_rank() == 0:
         check_output_path(config.run.output, overwrite=config.run.overwrite)
+
+
+def _share(config: JobConfig) -> Share:
+    return Share(
+        config.run.global_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
 
 
 def _read_samples(config: JobConfig, source: ModelSource) -> Samples:

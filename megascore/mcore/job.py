@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from megascore.mcore.blockwise.run import run_blockwise
 from megascore.mcore.dry_run import dry_run
 from megascore.mcore.inputs import JobInputs, check_job, check_output, finished_scores, read_inputs
 from megascore.mcore.sources.source import ModelSource
-from megascore.mcore.steps import run_steps
+from megascore.mcore.steps import progress_facts, run_steps
 from megascore.mcore.view import MegatronModelView
 from megascore.mcore.world import local_device, parallel_world
 from megascore.parallel.comm import agree, world_rank
@@ -91,7 +90,7 @@ def _run(
         snapshot = checkpoints.find(inputs.identity)
         if snapshot is None:
             # From here on a watcher sees the run. One that goes on says so when its checkpoint has been found to fit.
-            checkpoints.begin(inputs.total_steps, None, _facts(config))
+            checkpoints.begin(inputs.total_steps, None, progress_facts(config))
         checkpoints.stop_if_asked()
     if config.run.blockwise:
         scores = run_blockwise(config, inputs, requests, device, console, checkpoints, snapshot)
@@ -103,7 +102,7 @@ def _run(
             run.restore(snapshot.states, snapshot.step)
         if checkpoints is not None:
             checkpoints.stop_if_asked()
-            checkpoints.begin(inputs.total_steps, snapshot, _facts(config))
+            checkpoints.begin(inputs.total_steps, snapshot, progress_facts(config))
         loss = run_steps(config, run, chunks, inputs.samples, inputs.total_steps, console, checkpoints, snapshot)
     return _write(config, run.finish({"loss": loss}), console, checkpoints)
 
@@ -132,14 +131,9 @@ def _quiet_megatron() -> Iterator[None]:
 def _load_model(config: JobConfig, inputs: JobInputs, device: torch.device) -> list[Any]:
     dtype = getattr(torch, config.model.dtype)
     chunks = inputs.source.build(config.parallel, dtype, device, config.data.sequence_length)
-    inputs.source.check_tokens(chunks, int(inputs.samples.tokens.max()))
+    inputs.source.check_tokens(chunks, inputs.samples.largest_token)
     inputs.source.load(chunks)
     return chunks
-
-
-def _facts(config: JobConfig) -> dict[str, Any]:
-    """Return what the progress file says of the job."""
-    return {"output": config.run.output, "layout": asdict(config.parallel)}
 
 
 def _checkpoint_plan(config: JobConfig, folder: str) -> CheckpointPlan:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from megascore.capture.block_inputs import BlockInputCapture, device_of
 from megascore.capture.calls import StoredCalls
+from megascore.capture.devices import usable_device
 from megascore.capture.stores import TensorStore
 from megascore.errors import ModelError
 from megascore.mcore.blockwise.layers import order_of_layers
 from megascore.mcore.schedule import MicroBatch, forward_only, forward_step
+from megascore.parallel.comm import agree
 
 __all__ = ["capture_layer_inputs"]
 
@@ -49,8 +51,12 @@ def capture_layer_inputs(
         One call for each micro-batch, in order; none on ranks without the layer.
 
     Raises:
+        ConfigError: there is no such device.
         ModelError: there is no such layer, or a pass did not reach it.
     """
+    if device is not None:
+        wanted = device
+        agree("looking for the device", lambda: usable_device(wanted))
     order = order_of_layers(chunks)
     if not 0 <= layer < order.num_layers:
         raise ModelError(f"the model has no layer {layer}: its layers are 0 to {order.num_layers - 1}.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -14,19 +16,19 @@ from megascore.mcore.schedule import forward_only
 from megascore.parallel.comm import sum_in_place, world_rank
 from megascore.scoring.checkpointing import Checkpointer
 from megascore.scoring.config import JobConfig
-from megascore.scoring.data import Samples, micro_batches_of_step
+from megascore.scoring.data import OwnSamples, micro_batches_of_step
 from megascore.scoring.progress import ScoringProgress
 from megascore.scoring.run import ScoringRun
 from megascore.scoring.snapshot import Snapshot
 
-__all__ = ["LossTotal", "progress_entries", "run_steps", "slices_of_step"]
+__all__ = ["LossTotal", "progress_entries", "progress_facts", "run_steps", "slices_of_step"]
 
 
 def run_steps(
     config: JobConfig,
     run: ScoringRun,
     chunks: Sequence[GPTModel],
-    samples: Samples,
+    samples: OwnSamples,
     total: int,
     console: Console,
     checkpoints: Checkpointer | None = None,
@@ -38,7 +40,7 @@ def run_steps(
         config: The job.
         run: Hooks are on.
         chunks: The model on this rank.
-        samples: All of them, on every rank.
+        samples: Those of this rank.
         total: Steps of the whole run.
         console: Where rank 0 shows how far it is.
         checkpoints: Where the run saves; None for a run that does not.
@@ -105,25 +107,30 @@ class LossTotal:
 
 
 def _run_step(
-    config: JobConfig, step: int, run: ScoringRun, chunks: Sequence[GPTModel], samples: Samples, loss: LossTotal
+    config: JobConfig, step: int, run: ScoringRun, chunks: Sequence[GPTModel], samples: OwnSamples, loss: LossTotal
 ) -> None:
     device = next(chunks[0].parameters()).device
     slices = slices_of_step(config, step, samples)
-    micro_batches = [samples.tokens[part].to(device) for part in slices]
+    micro_batches = [samples.tokens_of(part).to(device) for part in slices]
     losses = forward_only(chunks, micro_batches, config.run.loss, samples.masks_of(slices), run)
     loss.add(losses.nats, losses.num_tokens)
 
 
-def slices_of_step(config: JobConfig, step: int, samples: Samples) -> list[slice]:
+def slices_of_step(config: JobConfig, step: int, samples: OwnSamples) -> list[slice]:
     """Return this rank's micro-batches of a step, as slices of the samples."""
     return micro_batches_of_step(
         step,
-        len(samples.tokens),
+        samples.num_samples,
         config.run.global_batch_size,
         config.run.micro_batch_size,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
+
+
+def progress_facts(config: JobConfig) -> dict[str, Any]:
+    """Return what the progress file says of the job, however it runs."""
+    return {"output": config.run.output, "layout": asdict(config.parallel)}
 
 
 def progress_entries(progress: ScoringProgress, tokens: int) -> dict[str, float | int | None]:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
+from megascore.closing import Closing
 from megascore.errors import CheckpointError
 from megascore.files import write_whole
 from megascore.scoring.snapshot import Snapshot
@@ -46,7 +46,7 @@ class Found:
     """Newer ones that are damaged, each with the reason."""
 
 
-class CheckpointFolder:
+class CheckpointFolder(Closing):
     """A locked folder; ``with CheckpointFolder(path) as folder``."""
 
     def __init__(self, path: str | Path) -> None:
@@ -67,16 +67,6 @@ class CheckpointFolder:
                 "a file system with locks, or choose another one (run.checkpoint_dir)."
             ) from error
         self._remove_rests()
-
-    def __enter__(self) -> CheckpointFolder:
-        """Return the folder; it is locked already."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Release the lock."""
-        self.close()
 
     def close(self) -> None:
         """Release the lock; the system does it for a process that is killed."""

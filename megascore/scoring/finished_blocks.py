@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from megascore.hooks.statistics import State
+from megascore.errors import CheckpointError
+from megascore.hooks.statistics import State, differences
+from megascore.parallel.merge import Plan
 from megascore.scoring.results import Results
+from megascore.scoring.sites import SCORE
 from megascore.scoring.snapshot import Snapshot
 
 __all__ = ["FinishedBlocks"]
@@ -30,6 +33,25 @@ class FinishedBlocks:
                 {name.removeprefix(_SCORE): value for name, value in snapshot.sums.items() if name.startswith(_SCORE)}
             )
 
+    def check(self, statistics: Plan, scores: Plan) -> None:
+        """Refuse results that are not those of the blocks that are done. Not collective.
+
+        Args:
+            statistics: What the sites in these blocks keep, by key.
+            scores: Their finished scores.
+
+        Raises:
+            CheckpointError: sites, statistics or scores are missing, or are foreign, or of another shape or type; every
+                difference is named.
+        """
+        found = _differences("saved state", statistics, self.results.states)
+        found += _differences("saved score", scores, {key: {SCORE: own} for key, own in self.results.scores.items()})
+        if found:
+            raise CheckpointError(
+                f"the saved results of {self.num_blocks} blocks are not of this run: {'; '.join(found)}. Go on with "
+                "another checkpoint, or start from the beginning with run.resume=never."
+            )
+
     def add(self, results: Results) -> None:
         """Take over the results of the next block."""
         self.results.update(results)
@@ -47,3 +69,15 @@ class FinishedBlocks:
     def merged_scores(self) -> dict[str, Tensor]:
         """Return the finished scores, under names that a checkpoint can hold beside other sums."""
         return {f"{_SCORE}{key}": score for key, score in self.results.scores.items()}
+
+
+def _differences(what: str, declared: Plan, saved: Mapping[str, State]) -> list[str]:
+    missing = [f"{key} has no {what}" for key in declared if key not in saved]
+    foreign = [f"{key} has a {what}, but is in none of these blocks" for key in saved if key not in declared]
+    other = [
+        f"{key}: {difference}"
+        for key, statistics in declared.items()
+        if key in saved
+        for difference in differences(statistics, saved[key])
+    ]
+    return [*missing, *foreign, *other]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from megascore.closing import Closing
 from megascore.errors import CheckpointError, DataError
 from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, collective_device, sum_in_place
-from megascore.parallel.merge import Part, merge_over_world
+from megascore.parallel.merge import Part, Plan, merge_over_world
 from megascore.parallel.placed_hook import PlacedHook
 from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.places import ModelView
@@ -34,7 +34,7 @@ from megascore.scoring.sites import (
 __all__ = ["ScoringRun"]
 
 
-class ScoringRun:
+class ScoringRun(Closing):
     """Scores a model while it runs in its owner's loop.
 
     Building one is collective over the world: all ranks do it together, and so are `step` and `finish`. Forward
@@ -78,16 +78,6 @@ class ScoringRun:
             if follower is not None:
                 self._handles.append(follower.follow(lambda: self._token_mask))
 
-    def __enter__(self) -> ScoringRun:
-        """Return the run itself; the hooks are on already."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Take the hooks off, also after an error."""
-        self.close()
-
     def close(self) -> None:
         """Take the hooks off and restore the model's mode; the statistics stay. Not collective; can be repeated."""
         for handle in self._handles:
@@ -96,6 +86,11 @@ class ScoringRun:
         for module, training in self._modes:
             module.training = training
         self._modes.clear()
+
+    @property
+    def declared(self) -> tuple[Plan, Plan]:
+        """The statistics, and the finished scores, of all sites in the world, by their keys."""
+        return self._plan, self._score_plan
 
     @property
     def token_mask(self) -> Tensor | None:

@@ -303,3 +303,13 @@ def test_a_block_without_hidden_states_is_told() -> None:
 
     with pytest.raises(ModelError, match=r"was called with \(list\): its hidden states must be a tensor"):
         capture_block_inputs(Odd(), "block", batches(1))
+
+
+@pytest.mark.parametrize("device", ["cuad", "cuda:x", "xpu", 1.5])
+def test_a_device_that_is_not_there_is_told_before_the_model_runs(model: Model, device: Any) -> None:
+    model.error = AssertionError("ran")
+    message = f"device='{device}' cannot be used on this machine: .*Give 'cpu'"
+    with pytest.raises(ConfigError, match=message):
+        BlockInputCapture(model.blocks[0], device=device)
+    with pytest.raises(ConfigError, match=message):
+        capture_block_inputs(model, model.blocks[0], [torch.ones(1, 2, 4)], device=device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +78,9 @@ SIMILARITY = Case("block_similarity", lambda module, _: BlockSimilarityHook(), o
 
 ADDITIVE = [L2_NORM, INDEPENDENT, LAYER_NORM, KV_HEAD, SIMILARITY]
 CASES = [*ADDITIVE, ITERATIVE, CALIBRATED]
+
+every_class = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_additive = pytest.mark.parametrize("case", ADDITIVE, ids=lambda case: case.name)
 
 
 def random_calls(

@@ -17,10 +17,8 @@ from megascore.hooks import (
     L2NormHook,
     LayerNormContributionHook,
 )
-from tests.hooks.cases import ADDITIVE, CASES, ITERATIVE, Case, assert_same, feed, random_calls
+from tests.hooks.cases import CASES, ITERATIVE, Case, assert_same, every_additive, every_class, feed, random_calls
 
-every_class = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_additive = pytest.mark.parametrize("case", ADDITIVE, ids=lambda case: case.name)
 iterative_cases = [case for case in CASES if case.iterative]
 
 

@@ -6,15 +6,23 @@ import pytest
 import torch
 
 from megascore.hooks import kernels
-from tests.hooks.cases import ADDITIVE, CASES, ITERATIVE, SIMILARITY, Case, assert_same, feed, random_calls
+from tests.hooks.cases import (
+    CASES,
+    ITERATIVE,
+    SIMILARITY,
+    Case,
+    assert_same,
+    every_additive,
+    every_class,
+    feed,
+    random_calls,
+)
 
 # Inputs of any type are exact in float32, where tokens are added up some tens at a time: a few roundings of 6e-8.
 RTOL = 2e-6
 # Products of float32 matrices, or of bfloat16 ones in two parts (2^-17), round each output.
 RTOL_PRODUCTS = 1e-5
 
-every_class = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_additive = pytest.mark.parametrize("case", ADDITIVE, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 
 

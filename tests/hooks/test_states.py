@@ -16,9 +16,7 @@ from megascore.hooks import (
     L2NormHook,
     LayerNormContributionHook,
 )
-from tests.hooks.cases import CASES, ITERATIVE, KV_HEAD, NUM_CALLS, Case, feed, random_calls
-
-every_class = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+from tests.hooks.cases import ITERATIVE, KV_HEAD, NUM_CALLS, Case, every_class, feed, random_calls
 
 
 @every_class
@@ -124,15 +122,18 @@ def _norm_with(weight: torch.Tensor) -> nn.Module:
     return norm
 
 
-def test_missing_and_misshapen_statistics_are_named() -> None:
+def test_missing_foreign_and_misshapen_statistics_are_named() -> None:
     hook = feed(L2NormHook(), [(torch.randn(2, 3, 4), torch.empty(0), None)])
     state = hook.state_dict()
     del state["statistics"]["num_samples"]
     state["statistics"]["sum_of_squared_means"] = torch.zeros(5)
+    state["statistics"]["sum_of_abs"] = torch.zeros(4)
     with pytest.raises(HookStateError) as raised:
         hook.load_state_dict(state)
     assert "'num_samples' is missing" in str(raised.value)
     assert "'sum_of_squared_means' has shape [5] there, [4] here" in str(raised.value)
+    assert "'sum_of_squared_means' is float32 there, float64 here" in str(raised.value)
+    assert "'sum_of_abs' is there, but not kept here" in str(raised.value)
 
 
 def test_width_of_the_heads_is_part_of_the_state() -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.processes import REPOSITORY, SECONDS, environment, put_fake_megascore, start, wait_until
-from tests.mcore.test_job import save_tokenizer
-from tests.models import save_checkpoint
+from tests.models import save_checkpoint, save_tokenizer
 
 SCORE, NODES = REPOSITORY / "launch" / "score.sh", REPOSITORY / "launch" / "score_nodes.sh"
 MEET = ("--nnodes", "2", "--rdzv-endpoint", "node-0:29400")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from rich.console import Console
 import megascore
 from megascore.errors import MegascoreError
 from megascore.scoring.config import load_config
-from tests.mcore.test_job import save_tokenizer
-from tests.models import save_checkpoint
+from tests.models import save_checkpoint, save_tokenizer
 
-__all__ = ["NUM_STEPS", "Job", "assert_same_scores", "make_job", "run_and_stop_on_rank", "run_on_rank"]
+__all__ = ["NUM_STEPS", "Job", "assert_same_scores", "copy_of", "make_job", "run_and_stop_on_rank", "run_on_rank"]
 
 NUM_STEPS = 6
 SAMPLES_OF_STEP = 4
@@ -71,6 +71,13 @@ def make_job(folder: Path, model_root: Path, dtype: str = "float64") -> Job:
         f"global_batch_size: {SAMPLES_OF_STEP}, timeout_minutes: 1}}\n"
     )
     return job
+
+
+def copy_of(job: Job, folder: Path, model_root: Path) -> Job:
+    """Make a job that begins with the checkpoints of another."""
+    copy = make_job(folder, model_root)
+    shutil.copytree(job.checkpoints, copy.checkpoints)
+    return copy
 
 
 def run_on_rank(job: Job, overrides: Sequence[str] = ()) -> str:

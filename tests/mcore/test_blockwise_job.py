@@ -15,8 +15,7 @@ from megascore.errors import ConfigError
 from megascore.scoring.config import load_config
 from tests.mcore.providers import CHECKPOINT
 from tests.mcore.resumable import NUM_STEPS, SAMPLES_OF_STEP, Job, assert_same_scores, make_job, run_on_rank
-from tests.mcore.test_job import save_tokenizer
-from tests.models import save_checkpoint
+from tests.models import save_checkpoint, save_tokenizer
 from tests.pool import WorkerPool
 
 BLOCKWISE = "run.blockwise=true"
@@ -44,11 +43,6 @@ def make(folder: Path, model_root: Path) -> Job:
         job.config.read_text().replace("sequence_length: 16}", f"sequence_length: 16, num_samples: {NUM_SAMPLES}}}")
     )
     return job
-
-
-@pytest.fixture(scope="module")
-def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megascore.scoring.checkpoint_folder import CheckpointFolder
+from megascore.scoring.snapshot import Snapshot
 from megascore.scoring.status import RunState, read_status
-from tests.mcore.resumable import Job, assert_same_scores, make_job, run_on_rank
+from tests.mcore.resumable import Job, assert_same_scores, copy_of, make_job, run_on_rank
 from tests.pool import WorkerPool
 from tests.ranks import RankProcesses
 
@@ -30,19 +32,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP 2": (2, ("parallel.pipeline=2",)),
     "DP 2": (2, ()),
 }
-
-
-@pytest.fixture(scope="module")
-def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
-def full_pass(model_root: Path, tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Job:
-    job = make_job(tmp_path_factory.mktemp("full") / "run", model_root)
-    world.run(1, run_on_rank, job)
-    assert job.output.exists()
-    return job
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +63,9 @@ def stop_on_rank(job: Job, block: int, step: int, overrides: tuple[str, ...] = (
         _LayerLoop._meet = meet  # type: ignore[method-assign]
 
 
-def copy_of(job: Job, folder: Path, model_root: Path) -> Job:
-    copy = make_job(folder, model_root)
-    shutil.copytree(job.checkpoints, copy.checkpoints)
-    return copy
-
-
 @pytest.mark.parametrize("layout", ["one process", "PP 2", "DP 2"])
 def test_a_run_that_was_stopped_after_a_layer_goes_on_in_another_layout(
-    layout: str, stopped: Job, full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+    layout: str, stopped: Job, undisturbed: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
     job = copy_of(stopped, tmp_path / "run", model_root)
     world_size, overrides = LAYOUTS[layout]
@@ -90,11 +73,11 @@ def test_a_run_that_was_stopped_after_a_layer_goes_on_in_another_layout(
     assert "megascore-step-00000000-block-0001.safetensors, block 1" in shown[0]
     # What was done is not scored again: each layer that was left and what follows them save once more.
     assert shown[0].count("checkpoint of block") == NUM_LAYERS
-    assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+    assert_same_scores(job.scores(), undisturbed.scores(), TOLERANCE)
 
 
 def test_a_run_goes_on_from_every_block_and_from_the_midst_of_one(
-    full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+    undisturbed: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
     job = make_job(tmp_path / "run", model_root)
     # Nothing is done at first, and at the end everything but the loss.
@@ -107,33 +90,92 @@ def test_a_run_goes_on_from_every_block_and_from_the_midst_of_one(
         assert (status["state"], status["block"], status["step"]) == (RunState.STOPPED.value, block, step)
         assert status["total_blocks"] == NUM_LAYERS
     world.run(1, run_on_rank, job, (BLOCKWISE,))
-    assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+    assert_same_scores(job.scores(), undisturbed.scores(), TOLERANCE)
 
 
 def test_a_run_that_only_lacks_its_result_writes_it(
-    full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+    undisturbed: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
     job = make_job(tmp_path / "run", model_root)
     world.run(2, run_on_rank, job, (BLOCKWISE,))
-    # Counted as in a full pass, though each layer goes over all of them.
-    assert read_status(job.checkpoints)["tokens"] == full_pass.scores().metadata["num_tokens"]
+    # Counted as in a full pass, though each layer goes over all of them; and told in the same words.
+    status, of_full_pass = read_status(job.checkpoints), read_status(undisturbed.checkpoints)
+    assert status["tokens"] == undisturbed.scores().metadata["num_tokens"]
+    assert set(status) - set(of_full_pass) == {"block", "total_blocks"}
+    assert status["layout"] == of_full_pass["layout"]
     folder = CheckpointFolder(job.checkpoints)
     assert [path.name[-15:] for path in folder.checkpoints()] == ["004.safetensors", "005.safetensors"]
     folder.close()
     job.output.unlink()
+    spoilt = copy_of(job, tmp_path / "spoilt", model_root)
+    change(spoilt, states=lambda states: states["decoder.final_layernorm/hidden_size/l2_norm"].popitem())
+    told = world.run(1, run_on_rank, spoilt, (BLOCKWISE,))
+    assert "CheckpointError: the saved results of 5 blocks are not of this run: decoder.final_layernorm" in told[0]
     shown = world.run(1, run_on_rank, job, (BLOCKWISE,))
     assert "checkpoint of block" not in shown[0]
-    assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+    assert_same_scores(job.scores(), undisturbed.scores(), TOLERANCE)
 
 
 def test_checkpoints_of_the_two_ways_to_run_are_kept_apart(
-    stopped: Job, full_pass: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+    stopped: Job, undisturbed: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
     told = world.run(1, run_on_rank, copy_of(stopped, tmp_path / "one", model_root))
     assert "CheckpointError" in told[0]
     assert "run.blockwise is True there, False here" in told[0]
-    told = world.run(1, run_on_rank, copy_of(full_pass, tmp_path / "two", model_root), (BLOCKWISE,))
+    told = world.run(1, run_on_rank, copy_of(undisturbed, tmp_path / "two", model_root), (BLOCKWISE,))
     assert "run.blockwise is False there, True here" in told[0]
+
+
+def change(job: Job, **changes: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite parts of a job's newest checkpoint, by their names; it is whole, and has a right checksum."""
+    path = max(job.checkpoints.glob("*.safetensors"))
+    snapshot = Snapshot.from_bytes(path.read_bytes())
+    parts = {name: dict(getattr(snapshot, name)) for name in changes}
+    for name, function in changes.items():
+        function(parts[name])
+    path.write_bytes(replace(snapshot, **parts).to_bytes())
+
+
+def test_a_finished_layer_is_believed_only_if_it_has_what_the_model_declares(
+    stopped: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    fc2, block = "decoder.layers.0.mlp.linear_fc2/ffn", "decoder.layers.0/layers/block_similarity"
+
+    def spoil_states(states: dict[str, Any]) -> None:
+        l2_norm = states[f"{fc2}/l2_norm"]
+        l2_norm["sum_of_squared_means"] = l2_norm["sum_of_squared_means"][:-1]
+        l2_norm["num_calls"] = l2_norm["num_calls"].double()
+        l2_norm["num_heads"] = l2_norm.pop("num_tokens")
+        states["decoder.layers.1/layers/block_similarity"] = states.pop(block)
+
+    def spoil_scores(sums: dict[str, Any]) -> None:
+        sums[f"score/{fc2}/l2_norm"] = sums[f"score/{fc2}/l2_norm"].float()[:3]
+        del sums[f"score/{block}"]
+
+    job = copy_of(stopped, tmp_path / "run", model_root)
+    change(job, states=spoil_states, sums=spoil_scores)
+    told = world.run(2, run_on_rank, job, (BLOCKWISE, *LAYOUTS["PP 2"][1]))
+    assert "CheckpointError: the saved results of 1 blocks are not of this run: " in told[0]
+    for difference in (
+        f"{block} has no saved state",
+        "decoder.layers.1/layers/block_similarity has a saved state, but is in none of these blocks",
+        f"{fc2}/l2_norm: 'num_tokens' is missing",
+        f"{fc2}/l2_norm: 'num_heads' is there, but not kept here",
+        f"{fc2}/l2_norm: 'sum_of_squared_means' has shape [95] there, [96] here",
+        f"{fc2}/l2_norm: 'num_calls' is float64 there, int64 here",
+        f"{block} has no saved score",
+        f"{fc2}/l2_norm: 'score' has shape [3] there, [96] here",
+        f"{fc2}/l2_norm: 'score' is float32 there, float64 here",
+    ):
+        assert f" {difference};" in told[0].replace(". Go on", ";"), difference
+    assert told[0].count(";") == 8
+    assert "RankFailure: comparing the finished layers failed on rank 0" in told[1]
+    assert not job.output.exists()
+
+    job = copy_of(stopped, tmp_path / "another", model_root)
+    change(job, cursor=lambda cursor: cursor.update(block=6))
+    told = world.run(1, run_on_rank, job, (BLOCKWISE,))
+    assert "CheckpointError: the checkpoint tells of 6 finished blocks, and this model has 4 layers" in told[0]
 
 
 def test_checkpoints_come_as_often_as_was_asked_for(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:
@@ -143,9 +185,12 @@ def test_checkpoints_come_as_often_as_was_asked_for(model_root: Path, tmp_path: 
     assert [block for block in range(6) if f"checkpoint of block {block}:" in shown] == [2, 4, 5]
 
 
-def test_kills_at_random_moments_change_nothing(full_pass: Job, model_root: Path, tmp_path: Path) -> None:
+def test_kills_at_random_moments_change_nothing(undisturbed: Job, model_root: Path, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+
     def start(job: Job) -> RankProcesses:
-        return RankProcesses(2, ["score", str(job.config), BLOCKWISE, *LAYOUTS["PP 2"][1]], job.folder / "log.txt")
+        overrides = [BLOCKWISE, f"run.spool_dir={spool}", *LAYOUTS["PP 2"][1]]
+        return RankProcesses(2, ["score", str(job.config), *overrides], job.folder / "log.txt")
 
     # The first start also imports everything.
     assert start(make_job(tmp_path / "first", model_root)).wait() == [0, 0]
@@ -167,5 +212,7 @@ def test_kills_at_random_moments_change_nothing(full_pass: Job, model_root: Path
             num_kills += killed
             assert killed or codes == [0, 0], (codes, log.read_text())
         num_resumed += log.read_text().count("going on from")
-        assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
+        # Those of killed ranks are gone, too.
+        assert list(spool.iterdir()) == []
+        assert_same_scores(job.scores(), undisturbed.scores(), TOLERANCE)
     assert num_resumed, "some kills should hit a run that has saved something"

@@ -6,28 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megascore.mcore import spec
-from megascore.mcore.build import load_model
 from megascore.mcore.huggingface.config import read_config
-from megascore.mcore.world import parallel_world
-from megascore.scoring.config import ModelConfig, ParallelConfig
+from megascore.scoring.config import ParallelConfig
 from tests.mcore.expert_model import Variant, experts_spec
+from tests.mcore.logits import Expected, Output, relative_difference, run_models, run_one
 from tests.mcore.test_load import bytes_read
-from tests.mcore.test_logits import (
-    CPU,
-    NUM_SAMPLES,
-    SEQUENCE_LENGTH,
-    TIMEOUT,
-    Output,
-    relative_difference,
-    run,
-    run_models,
-)
-from tests.models import reference_logits, reference_loss, save_checkpoint
+from tests.models import reference_loss
 from tests.pool import WorkerPool
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,39 +39,20 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: save_checkpoint(root / name, family, **changes) for name, (family, changes) in MODELS.items()}
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randint(0, 128, (NUM_SAMPLES, SEQUENCE_LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def references(directories: dict[str, Path], tokens: Tensor) -> dict[str, Tensor]:
-    return {name: reference_logits(directory, tokens) for name, directory in directories.items()}
-
-
-@pytest.fixture(scope="module")
-def on_one_process(world: WorkerPool, directories: dict[str, Path], tokens: Tensor) -> dict[tuple[str, str], Output]:
-    outputs: dict[tuple[str, str], Output] = world.run(1, run_models, directories, ParallelConfig(), tokens)[0]
-    return outputs
+def expected(tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Expected:
+    return Expected.of(MODELS, tmp_path_factory.mktemp("models"), world)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_loss_equal_those_of_transformers(
     layout: str,
     world: WorkerPool,
-    directories: dict[str, Path],
-    tokens: Tensor,
-    references: dict[str, Tensor],
-    on_one_process: dict[tuple[str, str], Output],
+    expected: Expected,
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
-    ranks = world.run(world_size, run_models, directories, parallel, tokens)
-    for name, reference in references.items():
+    tokens = expected.tokens
+    ranks = world.run(world_size, run_models, expected.directories, parallel, tokens)
+    for name, reference in expected.logits.items():
         having = [rank[name, "float32"] for rank in ranks if rank[name, "float32"].logits is not None]
         assert having
         for output in having:
@@ -92,7 +61,7 @@ def test_logits_and_loss_equal_those_of_transformers(
             assert relative_difference(output.logits, reference) < 5e-6, name
             assert output.nats / output.num_tokens == pytest.approx(reference_loss(reference, tokens), rel=1e-6)
         exact = [rank[name, "float64"] for rank in ranks if rank[name, "float64"].logits is not None]
-        alone = on_one_process[name, "float64"]
+        alone = expected.on_one_process[name, "float64"]
         assert alone.logits is not None
         for output in exact:
             assert output.logits is not None
@@ -100,7 +69,8 @@ def test_logits_and_loss_equal_those_of_transformers(
             assert relative_difference(output.logits, alone.logits) < 1e-7, name
 
 
-def test_each_rank_reads_only_its_experts(world: WorkerPool, directories: dict[str, Path]) -> None:
+def test_each_rank_reads_only_its_experts(world: WorkerPool, expected: Expected) -> None:
+    directories = expected.directories
     for name in ("mixtral", "mixtral, fused"):
         tensors = load_file(directories[name] / "model.safetensors")
         everything = sum(tensor.nbytes for tensor in tensors.values())
@@ -110,9 +80,9 @@ def test_each_rank_reads_only_its_experts(world: WorkerPool, directories: dict[s
         assert world.run(2, bytes_read, directories[name], ParallelConfig(expert=2)) == [everything - experts // 2] * 2
 
 
-def test_layers_with_experts_are_those_that_transformers_has_them_in(directories: dict[str, Path]) -> None:
+def test_layers_with_experts_are_those_that_transformers_has_them_in(expected: Expected) -> None:
     def layers(name: str) -> str:
-        experts = read_config(directories[name]).experts
+        experts = read_config(expected.directories[name]).experts
         assert experts is not None
         return "".join(str(int(has_experts)) for has_experts in experts.layers)
 
@@ -133,21 +103,14 @@ def run_grouped(directory: Path, parallel: ParallelConfig, tokens: Tensor) -> Ou
             return block
 
         patch.setattr(spec, "get_gpt_decoder_block_spec", grouped)
-        return run_one_by_one(directory, parallel, tokens)
+        return run_one(directory, parallel, tokens)
 
 
-def run_one_by_one(directory: Path, parallel: ParallelConfig, tokens: Tensor) -> Output:
-    with parallel_world(parallel, CPU, TIMEOUT):
-        chunks = load_model(ModelConfig(hf=str(directory), dtype="float64"), parallel, CPU, SEQUENCE_LENGTH)
-        return run(chunks, tokens, compute_loss=True)
-
-
-def test_grouped_experts_are_loaded_as_the_others_are(
-    world: WorkerPool, directories: dict[str, Path], tokens: Tensor
-) -> None:
+def test_grouped_experts_are_loaded_as_the_others_are(world: WorkerPool, expected: Expected) -> None:
+    directory, tokens = expected.directories["mixtral"], expected.tokens
     parallel = ParallelConfig(tensor=2, sequence=True, expert_tensor=2)
-    one_by_one = world.run(2, run_one_by_one, directories["mixtral"], parallel, tokens)[0].logits
-    at_once = world.run(2, run_grouped, directories["mixtral"], parallel, tokens)[0].logits
+    one_by_one = world.run(2, run_one, directory, parallel, tokens)[0].logits
+    at_once = world.run(2, run_grouped, directory, parallel, tokens)[0].logits
     assert one_by_one is not None
     assert at_once is not None
     assert relative_difference(at_once, one_by_one) < 1e-12

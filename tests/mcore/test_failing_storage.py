@@ -21,11 +21,6 @@ from tests.pool import WorkerPool
 FAILING_STEP = 4
 
 
-@pytest.fixture(scope="module")
-def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
 @contextmanager
 def broken_write(instead: Callable[[Path], None]) -> Iterator[None]:
     """Let something happen when the checkpoint of `FAILING_STEP` is written, in place of the write's own beginning."""

@@ -10,16 +10,8 @@ import pytest
 
 from megascore.errors import ModelError
 from megascore.mcore.huggingface.config import read_config
+from tests.models import SIZES
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 128,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,15 +16,8 @@ from safetensors.torch import load_file, save_file
 import megascore
 from megascore.errors import ConfigError, DataError, LayoutError, MegascoreError, ModelError, ScoreFileError
 from megascore.scoring.config import DataConfig, load_config
-from tests.models import SIZES, reference_logits, reference_loss, save_checkpoint
+from tests.models import SIZES, reference_logits, reference_loss, save_checkpoint, save_tokenizer
 from tests.pool import RankErrors, WorkerPool
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_checkpoint(tmp_path_factory.mktemp("job") / "llama", "llama")
-    save_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +25,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(f"w{(7 * i * i + i) % 100}" for i in range(200)))
     return path
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(100)} | {"?": 100}, unk_token="?"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def run(model: Path, text: Path, output: Path, *overrides: str) -> str:

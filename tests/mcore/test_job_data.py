@@ -17,8 +17,7 @@ import megascore
 from megascore.errors import DataError, MegascoreError
 from megascore.scoring.config import DataConfig, load_config
 from megascore.scoring.data import load_samples
-from tests.mcore.test_job import save_tokenizer
-from tests.models import reference_logits, save_checkpoint
+from tests.models import reference_logits
 from tests.pool import WorkerPool
 
 LENGTHS = (20, 3, 16, 1, 9, 12, 2, 5, 30, 7)
@@ -28,13 +27,6 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "PP=2 x VPP=2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "CP=2 x DP=2": (4, ["parallel.context=2"]),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_checkpoint(tmp_path_factory.mktemp("job") / "llama", "llama")
-    save_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

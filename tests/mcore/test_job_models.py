@@ -15,9 +15,9 @@ from megascore.mcore.build import load_model
 from megascore.mcore.world import parallel_world
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.mcore import providers
-from tests.mcore.test_job import run_on_rank, save_tokenizer
+from tests.mcore.test_job import run_on_rank
 from tests.mcore.torch_dist import save_torch_dist, training_args
-from tests.models import save_checkpoint
+from tests.models import save_checkpoint, save_tokenizer
 from tests.pool import WorkerPool
 
 CPU = torch.device("cpu")

@@ -18,11 +18,6 @@ NUM_KILLS = 30
 LAYOUT = ("parallel.tensor=2", "parallel.sequence=true")
 
 
-@pytest.fixture(scope="module")
-def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
 def start(job: Job) -> RankProcesses:
     return RankProcesses(2, ["score", str(job.config), *LAYOUT], job.folder / "log.txt")
 

@@ -90,8 +90,8 @@ def test_captured_inputs_replay_the_layer_on(layout: str, checkpoint: Path, worl
         torch.testing.assert_close(torch.cat(parts), hidden, rtol=1e-12, atol=1e-12)
 
 
-def ask_for_layer_9(checkpoint: Path) -> str:
-    from megascore.errors import ModelError
+def ask_for_what_is_not_there(checkpoint: Path) -> list[str]:
+    from megascore.errors import MegascoreError
     from megascore.mcore import capture_layer_inputs
     from megascore.mcore.build import load_model
     from megascore.mcore.world import parallel_world
@@ -99,10 +99,15 @@ def ask_for_layer_9(checkpoint: Path) -> str:
     parallel, device = ParallelConfig(pipeline=2), torch.device("cpu")
     with parallel_world(parallel, device, timedelta(seconds=60)):
         chunks = load_model(ModelConfig(hf=str(checkpoint), dtype="float64"), parallel, device, LENGTH)
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(MegascoreError) as no_layer:
             capture_layer_inputs(chunks, 9, micro_batches())
-    return str(caught.value)
+        with pytest.raises(MegascoreError) as no_device:
+            capture_layer_inputs(chunks, LAYER, micro_batches(), device="cuad")
+    return [str(no_layer.value), str(no_device.value)]
 
 
-def test_a_layer_that_is_not_there_is_refused_on_all_ranks(checkpoint: Path, world: WorkerPool) -> None:
-    assert world.run(2, ask_for_layer_9, checkpoint) == ["the model has no layer 9: its layers are 0 to 3."] * 2
+def test_a_layer_or_device_that_is_not_there_is_refused_on_all_ranks(checkpoint: Path, world: WorkerPool) -> None:
+    """Also on ranks that do not have the layer, which would wait for the one that does."""
+    for no_layer, no_device in world.run(2, ask_for_what_is_not_there, checkpoint):
+        assert no_layer == "the model has no layer 9: its layers are 0 to 3."
+        assert "device='cuad' cannot be used on this machine" in no_device

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megascore.errors import ConfigError, LayoutError, ModelError
@@ -19,12 +16,19 @@ from megascore.mcore.huggingface.config import read_config
 from megascore.mcore.schedule import forward_only
 from megascore.mcore.world import parallel_world
 from megascore.scoring.config import ModelConfig, ParallelConfig
-from tests.models import DENSE_FAMILIES, reference_logits, reference_loss, save_checkpoint
+from tests.mcore.logits import (
+    CPU,
+    NUM_SAMPLES,
+    SEQUENCE_LENGTH,
+    TIMEOUT,
+    Expected,
+    Output,
+    relative_difference,
+    run,
+    run_models,
+)
+from tests.models import DENSE_FAMILIES, reference_loss
 from tests.pool import WorkerPool
-
-CPU = torch.device("cpu")
-TIMEOUT = timedelta(minutes=1)
-NUM_SAMPLES, SEQUENCE_LENGTH, MICRO_BATCH_SIZE = 5, 48, 2
 
 # head_dim 64 and a small base give rotary wavelengths on both sides of Llama 3's limits, so that scaling shows.
 LLAMA3 = {
@@ -58,75 +62,21 @@ LAYOUTS = {
 }
 
 
-@dataclass
-class Output:
-    """What one rank made of all samples; logits [B, S, V] on the last stage."""
-
-    logits: Tensor | None
-    nats: float
-    num_tokens: int
-
-
-def run(chunks: list[GPTModel], tokens: Tensor, *, compute_loss: bool) -> Output:
-    local_logits: list[Tensor] = []
-    if chunks[-1].post_process:
-        chunks[-1].output_layer.register_forward_hook(lambda _module, _args, output: local_logits.append(output[0]))
-    loss = forward_only(chunks, list(torch.split(tokens, MICRO_BATCH_SIZE)), compute_loss)
-    logits = [gather_from_tensor_model_parallel_region(local).transpose(0, 1) for local in local_logits]
-    return Output(torch.cat(logits) if logits else None, loss.nats.item(), loss.num_tokens)
-
-
-def run_models(directories: dict[str, Path], parallel: ParallelConfig, tokens: Tensor) -> dict[tuple[str, str], Output]:
-    with parallel_world(parallel, CPU, TIMEOUT):
-        return {
-            (name, dtype): run(
-                load_model(ModelConfig(hf=str(directory), dtype=dtype), parallel, CPU, SEQUENCE_LENGTH),
-                tokens,
-                compute_loss=True,
-            )
-            for name, directory in directories.items()
-            for dtype in ("float32", "float64")
-        }
-
-
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: save_checkpoint(root / name, family, **changes) for name, (family, changes) in MODELS.items()}
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return torch.randint(0, 128, (NUM_SAMPLES, SEQUENCE_LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def references(directories: dict[str, Path], tokens: Tensor) -> dict[str, Tensor]:
-    return {name: reference_logits(directory, tokens) for name, directory in directories.items()}
-
-
-@pytest.fixture(scope="module")
-def on_one_process(world: WorkerPool, directories: dict[str, Path], tokens: Tensor) -> dict[tuple[str, str], Output]:
-    outputs: dict[tuple[str, str], Output] = world.run(1, run_models, directories, ParallelConfig(), tokens)[0]
-    return outputs
-
-
-def relative_difference(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference.double()).abs().max() / reference.double().abs().max())
+def expected(tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Expected:
+    return Expected.of(MODELS, tmp_path_factory.mktemp("models"), world)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_loss_equal_those_of_transformers(
     layout: str,
     world: WorkerPool,
-    directories: dict[str, Path],
-    tokens: Tensor,
-    references: dict[str, Tensor],
-    on_one_process: dict[tuple[str, str], Output],
+    expected: Expected,
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
-    ranks = world.run(world_size, run_models, directories, parallel, tokens)
-    for name, reference in references.items():
+    tokens = expected.tokens
+    ranks = world.run(world_size, run_models, expected.directories, parallel, tokens)
+    for name, reference in expected.logits.items():
         for dtype in ("float32", "float64"):
             outputs = [rank[name, dtype] for rank in ranks]
             having = [output for output in outputs if output.logits is not None]
@@ -139,7 +89,7 @@ def test_logits_and_loss_equal_those_of_transformers(
                 assert output.nats / output.num_tokens == pytest.approx(reference_loss(reference, tokens), rel=1e-6)
             assert all(output.nats == 0.0 and output.num_tokens == 0 for output in outputs if output.logits is None)
         # float64 throughout: layouts differ only in the order of sums.
-        exact, alone = having[0], on_one_process[name, "float64"]
+        exact, alone = having[0], expected.on_one_process[name, "float64"]
         assert exact.logits is not None
         assert alone.logits is not None
         assert exact.logits.dtype == torch.float64
@@ -162,10 +112,8 @@ def run_without_loss(directory: Path, parallel: ParallelConfig, tokens: Tensor) 
         return num_calls, without, run(chunks, tokens, compute_loss=True), idle
 
 
-def test_without_loss_the_output_layer_does_not_run(
-    world: WorkerPool, directories: dict[str, Path], tokens: Tensor
-) -> None:
-    ranks = world.run(2, run_without_loss, directories["llama"], ParallelConfig(pipeline=2), tokens)
+def test_without_loss_the_output_layer_does_not_run(world: WorkerPool, expected: Expected) -> None:
+    ranks = world.run(2, run_without_loss, expected.directories["llama"], ParallelConfig(pipeline=2), expected.tokens)
     num_calls, without, later, _ = ranks[1]
     assert num_calls == 3, "all three micro-batches reach the last norm"
     assert without == Output(None, 0.0, 0)
@@ -187,5 +135,5 @@ def bad_models(directories: dict[str, Path]) -> None:
             load_model(ModelConfig(), ParallelConfig(), CPU, 16)
 
 
-def test_a_model_that_cannot_be_built_so_is_refused(world: WorkerPool, directories: dict[str, Path]) -> None:
-    world.run(1, bad_models, directories)
+def test_a_model_that_cannot_be_built_so_is_refused(world: WorkerPool, expected: Expected) -> None:
+    world.run(1, bad_models, expected.directories)

@@ -11,14 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megascore.scoring.status import RunState, read_status
-from tests.mcore.resumable import SCORES, Job, assert_same_scores, make_job, run_and_stop_on_rank, run_on_rank
+from tests.mcore.resumable import SCORES, Job, assert_same_scores, copy_of, make_job, run_and_stop_on_rank, run_on_rank
 from tests.models import save_checkpoint
 from tests.pool import WorkerPool
-
-
-@pytest.fixture(scope="module")
-def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +25,7 @@ def stopped_job(model_root: Path, tmp_path_factory: pytest.TempPathFactory, worl
 
 @pytest.fixture
 def stopped(stopped_job: Job, model_root: Path, tmp_path: Path) -> Job:
-    job = make_job(tmp_path / "run", model_root)
-    shutil.copytree(stopped_job.checkpoints, job.checkpoints)
-    return job
+    return copy_of(stopped_job, tmp_path / "run", model_root)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

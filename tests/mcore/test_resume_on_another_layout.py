@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from megascore.scoring.checkpoint_folder import CheckpointFolder
-from tests.mcore.resumable import NUM_STEPS, Job, assert_same_scores, make_job, run_and_stop_on_rank, run_on_rank
+from tests.mcore.resumable import (
+    NUM_STEPS,
+    Job,
+    assert_same_scores,
+    copy_of,
+    make_job,
+    run_and_stop_on_rank,
+    run_on_rank,
+)
 from tests.pool import WorkerPool
 
 STOPPED_AFTER = 3
@@ -28,19 +35,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model_root: Path, tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Job:
-    job = make_job(tmp_path_factory.mktemp("undisturbed") / "run", model_root)
-    world.run(1, run_on_rank, job)
-    assert job.output.exists()
-    return job
-
-
-@pytest.fixture(scope="module")
 def stopped(model_root: Path, tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Job:
     """A run at TP=2 with sequence parallelism and DP=2, stopped half-way."""
     job = make_job(tmp_path_factory.mktemp("stopped") / "run", model_root)
@@ -48,12 +42,6 @@ def stopped(model_root: Path, tmp_path_factory: pytest.TempPathFactory, world: W
     told = world.run(4, run_and_stop_on_rank, job, STOPPED_AFTER - 1, degrees, signal.SIGUSR1, 3)
     assert all("Preempted: stopped by SIGUSR1 after step 3" in text for text in told)
     return job
-
-
-def copy_of(job: Job, folder: Path, model_root: Path) -> Job:
-    copy = make_job(folder, model_root)
-    shutil.copytree(job.checkpoints, copy.checkpoints)
-    return copy
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

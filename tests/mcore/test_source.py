@@ -23,7 +23,7 @@ from megascore.mcore.sources.source import model_source
 from megascore.mcore.world import parallel_world
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.mcore import providers
-from tests.mcore.test_logits import run
+from tests.mcore.logits import run
 from tests.mcore.torch_dist import save_torch_dist
 from tests.models import save_checkpoint
 from tests.pool import WorkerPool

@@ -65,7 +65,7 @@ def load_for_blocks(config: JobConfig, inputs: JobInputs, device: torch.device) 
     if of_layers is not None:
         load_weights(chunks, of_layers.config, of_layers.directory)
         return BlockwiseModel(chunks, lambda layer: _read(layer, of_layers.config, of_layers.directory, device))
-    source.check_tokens(chunks, int(inputs.samples.tokens.max()))
+    source.check_tokens(chunks, inputs.samples.largest_token)
     source.load(chunks)
     for chunk in chunks:
         for layer in layers_of(chunk):

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from megascore.capture.stores import HostStore, SpoolStore, TensorStore
 from megascore.mcore.blockwise.chunk import ChunkRunner
+from megascore.mcore.blockwise.finished import check_finished
 from megascore.mcore.blockwise.layers import LayerOrder, order_of_layers
 from megascore.mcore.blockwise.model import BlockwiseModel, load_for_blocks
 from megascore.mcore.blockwise.parts import ModelParts
 from megascore.mcore.inputs import JobInputs
-from megascore.mcore.schedule import MicroBatch
-from megascore.mcore.steps import LossTotal, progress_entries, slices_of_step
+from megascore.mcore.steps import LossTotal, progress_entries, progress_facts, slices_of_step
 from megascore.mcore.view import MegatronModelView
 from megascore.parallel.comm import agree, max_over_world, world_rank
 from megascore.scoring.assemble import assemble_scores
 from megascore.scoring.checkpointing import Checkpointer
 from megascore.scoring.config import JobConfig, RunConfig
+from megascore.scoring.data import MicroBatches
 from megascore.scoring.finished_blocks import FinishedBlocks
 from megascore.scoring.progress import ScoringProgress
 from megascore.scoring.recipes import ScoreRequest, check_iterations
@@ -55,7 +56,7 @@ def run_blockwise(
         snapshot: What it goes on from.
 
     Raises:
-        MegascoreError: the model, its layers or the scores do not fit.
+        MegascoreError: the model, its layers, the scores or the checkpoint do not fit.
         Preempted: a signal came, and everything is saved.
     """
     model = agree("loading the model", lambda: load_for_blocks(config, inputs, device))
@@ -64,16 +65,18 @@ def run_blockwise(
     agree("looking for the modules to score", lambda: check_places(view, requests))
     requests = present_requests(view, requests)
     order = order_of_layers(model.chunks)
+    parts, done = ModelParts(view, order, requests), FinishedBlocks(snapshot)
+    check_finished(done, order, parts, device)
     if checkpoints is not None:
-        facts = {"output": config.run.output, "layout": dict(view.layout), "total_blocks": order.num_layers}
+        facts = {**progress_facts(config), "total_blocks": order.num_layers}
         checkpoints.begin(inputs.total_steps, snapshot, facts)
     loss = LossTotal(device)
     if snapshot is not None:
         loss.restore(snapshot.sums["loss"])
     store = agree("making the spool folder", lambda: _make_store(config.run))
     try:
-        loop = _LayerLoop(config, inputs, model, order, ModelParts(view, order, requests), store, loss, device)
-        results = loop.run(console, checkpoints, FinishedBlocks(snapshot))
+        loop = _LayerLoop(config, inputs, model, order, parts, store, loss, device)
+        results = loop.run(console, checkpoints, done)
     finally:
         store.close()
     results.require_data()
@@ -107,14 +110,14 @@ class _LayerLoop:
         self._order = order
         self._parts = parts
         self._loss = loss
-        micro_batches: list[MicroBatch] = []
+        of_rank: list[slice] = []
         self._indices: list[list[int]] = []
         """Of each step, which micro-batches this rank runs."""
         for step in range(self._total_steps):
             slices = slices_of_step(config, step, self._samples)
-            masks: Sequence[Tensor | None] = self._samples.masks_of(slices) or [None] * len(slices)
-            self._indices.append(list(range(len(micro_batches), len(micro_batches) + len(slices))))
-            micro_batches.extend((self._samples.tokens[part], mask) for part, mask in zip(slices, masks, strict=True))
+            self._indices.append(list(range(len(of_rank), len(of_rank) + len(slices))))
+            of_rank.extend(slices)
+        micro_batches = MicroBatches(self._samples, of_rank)
         self._runners = {
             number: ChunkRunner(chunk, micro_batches, store, device, loss=config.run.loss)
             for number, chunk in order.own.items()

@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 
+from megascore.closing import Closing
 from megascore.errors import ModelError
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig
 from megascore.mcore.huggingface.tensors import (
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """The safetensors files of a checkpoint directory, open for reading parts of tensors."""
 
     def __init__(self, directory: str | Path) -> None:
@@ -56,11 +57,7 @@ class Checkpoint:
                 raise ModelError(f"{path} cannot be read as a safetensors file: {error}") from error
             self._reader_of.update(dict.fromkeys(reader.keys(), (path, reader)))
 
-    def __enter__(self) -> Checkpoint:
-        """Return itself; leaving the context closes the files."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Close the files."""
         self._files.close()
 

@@ -13,10 +13,13 @@ from megascore.scoring.data.batches import (
 )
 from megascore.scoring.data.load import check_source, load_samples
 from megascore.scoring.data.samples import Samples
-from megascore.scoring.data.share import share_samples
+from megascore.scoring.data.share import MicroBatches, OwnSamples, Share, share_samples
 
 __all__ = [
+    "MicroBatches",
+    "OwnSamples",
     "Samples",
+    "Share",
     "check_enough_samples",
     "check_equal_shares",
     "check_source",

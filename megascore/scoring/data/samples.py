@@ -28,19 +28,12 @@ class Samples:
     masks: Tensor | None = None
     """[num_samples, sequence_length] bool, False for padding; None: nothing is padded."""
 
-    def num_tokens(self, some: slice) -> int:
-        """Return the real tokens of some samples."""
-        return self.tokens[some].numel() if self.masks is None else int(self.masks[some].sum())
-
-    def masks_of(self, parts: list[slice]) -> list[Tensor] | None:
-        """Return the masks of several slices of the samples; None where nothing is padded."""
-        return None if self.masks is None else [self.masks[part] for part in parts]
-
 
 def fingerprint(tokens: Tensor, masks: Tensor | None) -> str:
     """Return what `Samples.fingerprint` holds; the same on machines of either byte order."""
     digest = hashlib.sha256(f"{tuple(tokens.shape)}".encode())
-    digest.update(tokens.numpy().astype("<i8", copy=False).tobytes())
+    # A view of the tensor itself: the samples may be most of what the host's memory holds.
+    digest.update(np.ascontiguousarray(tokens.numpy().astype("<i8", copy=False)).data)
     if masks is not None:
         digest.update(np.packbits(masks.numpy()).tobytes())
     return digest.hexdigest()
