@@ -60,6 +60,8 @@ def fill_from_part(target: Tensor, folder: Path, name: str, part: StoredPart, wh
     try:
         with path.open("rb") as file:
             return _fill(target, file, place, part.sizes, where)
+    except OSError as error:
+        raise ModelError(f"{path}, which holds '{name}', cannot be read: {error}") from error
     except Exception as error:  # Damaged bytes raise nearly anything.
         raise ModelError(f"{path} cannot be read: '{name}' in it is damaged: {error}") from error
 
