@@ -64,6 +64,7 @@ def cpu_matmul_precision(precision: str) -> Iterator[None]:
 
 def _is_unrounded(device: torch.device) -> bool:
     """Say whether nothing has to be set for `unrounded`; asked before each call, and cheap."""
-    if torch.is_autocast_enabled(device.type):
+    # Tensors of a dry run are on the meta device, which autocast does not know.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return False
     return device.type != "cpu" or getattr(_cpu_settings, "fp32_precision", "none") in ("none", "ieee")

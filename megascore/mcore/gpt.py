@@ -28,8 +28,6 @@ def build_gpt(
     dtype: torch.dtype,
     device: torch.device,
     max_sequence_length: int,
-    *,
-    empty_layers: bool = False,
 ) -> list[GPTModel]:
     """Build the part of a model that this rank has; its weights are not initialised.
 
@@ -41,7 +39,6 @@ def build_gpt(
         dtype: Of weights and activations; float64 holds throughout on the CPU.
         device: Device of this rank.
         max_sequence_length: Longest sequence that will be run.
-        empty_layers: Leave the weights of decoder layers on the meta device: they take no memory until they come.
 
     Returns:
         The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining.
@@ -57,7 +54,7 @@ def build_gpt(
             "(max_position_embeddings): choose a shorter one."
         )
     config = _transformer_config(model, parallel, dtype, device, max_sequence_length)
-    spec = partial(block_spec, config, device, empty_layers=empty_layers)
+    spec = partial(block_spec, config, device)
     chunks = [_build_chunk(model, config, parallel, spec, chunk) for chunk in range(parallel.virtual_pipeline)]
     return [on_device(chunk, device).eval() for chunk in chunks]
 

@@ -9,7 +9,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megascore.mcore.blockwise.empty_layers import EmptyTransformerLayer
 from megascore.mcore.compat import has_transformer_engine, submodules_of
 from megascore.mcore.context_parallel import GatheringAttention
 
@@ -31,28 +30,17 @@ class TorchNorm:
         return norm
 
 
-def block_spec(
-    config: TransformerConfig, device: torch.device, chunk: int | None = None, *, empty_layers: bool = False
-) -> Any:
+def block_spec(config: TransformerConfig, device: torch.device, chunk: int | None = None) -> Any:
     """What the layers of one pipeline chunk are built of.
 
     Args:
         config: The whole model.
         device: Where it will run.
         chunk: Number of the virtual-pipeline chunk, None without virtual pipelining.
-        empty_layers: Whether layers are built without weights.
 
     Returns:
         The ``transformer_layer_spec`` of a ``GPTModel``.
     """
-    block = _block_spec(config, device, chunk)
-    if empty_layers:
-        for layer in block.layer_specs:
-            layer.module = EmptyTransformerLayer
-    return block
-
-
-def _block_spec(config: TransformerConfig, device: torch.device, chunk: int | None) -> Any:
     if _uses_transformer_engine(device):
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
     block = get_gpt_decoder_block_spec(

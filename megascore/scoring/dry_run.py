@@ -66,8 +66,8 @@ class OneLayer:
     """Hidden states of one sample between two layers."""
     num_samples: int | None
     """Samples of the rank, at most; None where only the data tells."""
-    builds_whole: bool
-    """Whether all weights are on the device at first."""
+    whole_because: str | None
+    """Why all weights are on the device at first; None where they are not."""
     spools: bool
     """Whether hidden states wait in files, too."""
 

@@ -125,8 +125,8 @@ def _one_layer(dry_run: DryRun) -> Iterator[str]:
             f"One layer at a time: {weights} of weights, and the hooks of one layer; {hidden} of hidden states{each} "
             f"wait in {where} (ranks {_spans(sorted(numbers))})."
         )
-    if any(memory.builds_whole for memory in ranks):
-        yield "The whole model is built on the device first, all its weights; then its layers wait in host memory."
+    for reason in sorted({memory.whole_because for memory in ranks if memory.whole_because is not None}):
+        yield f"The whole model is built on the device first: {reason}. Then its layers wait in host memory."
 
 
 def _spans(ranks: Sequence[int]) -> str:

@@ -1,8 +1,9 @@
 """What ``run.blockwise`` takes in a Megatron job: peak resident memory and time, beside the same job in a full pass.
 
-    python -m tests.benchmarks.blockwise_job [--samples 16] [--length 256] [--pipeline 1]
+    python -m tests.benchmarks.blockwise_job [--samples 16] [--length 256] [--pipeline 1] [--megatron]
 
-SmolLM2-135M in float32, the shipped text, recipe minitron, on the CPU. Each way runs in fresh processes, one for each
+SmolLM2-135M in float32, the shipped text, recipe minitron, on the CPU; from its Hugging Face folder, or from a Megatron
+``torch_dist`` checkpoint that is made of it first. Each way runs in fresh processes, one for each
 pipeline stage; the memory is that of the largest. ``base`` is a dry run of a model of one layer, near enough to what
 Python, Megatron and torch.distributed take by themselves.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from launch import smollm2
 from megascore.scoring.score_file import load_scores
@@ -31,6 +33,25 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print("measured " + json.dumps({"peak": peak, "cpu": time.process_time()}))
 sys.exit(code)
 """
+
+
+SAVE = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+import torch
+from megascore.mcore.build import load_model
+from megascore.mcore.world import parallel_world
+from megascore.scoring.config import ModelConfig, ParallelConfig
+from tests.mcore.torch_dist import save_torch_dist, training_args
+model, folder = map(Path, sys.argv[1:])
+cpu, whole = torch.device("cpu"), ParallelConfig()
+with parallel_world(whole, cpu, timedelta(minutes=1)):
+    chunks = load_model(ModelConfig(hf=str(model), dtype="float32"), whole, cpu, 16)
+    save_torch_dist(chunks, folder, args=training_args(model))
+"""
+"""In a process of its own, for its memory would count as that of those which are started next."""
 
 
 def run_ranks(world_size: int, arguments: list[str]) -> dict[str, float]:
@@ -60,18 +81,23 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--megatron", action="store_true", help="read a torch_dist checkpoint")
     options = parser.parse_args()
     model = smollm2.default_folder()
     smollm2.convert_once(model)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "job.yaml"
         text = Path(smollm2.__file__).parent / "text" / "northanger_abbey.txt"
-        sections = {
+        sections: dict[str, dict[str, Any]] = {
             "model": {"hf": str(model), "dtype": "float32"},
             "data": {"text": str(text), "sequence_length": options.length, "num_samples": options.samples},
             "parallel": {"pipeline": options.pipeline},
             "run": {"device": "cpu", "micro_batch_size": 2},
         }
+        if options.megatron:
+            checkpoint = Path(folder) / "megatron"
+            subprocess.run([sys.executable, "-c", SAVE, str(model), str(checkpoint)], check=True)
+            sections["model"]["load"] = str(checkpoint)
         config.write_text(json.dumps(sections))
         ways = {
             "full pass": [],

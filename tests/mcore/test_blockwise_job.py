@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megascore.errors import ConfigError
 from megascore.scoring.config import load_config
-from tests.mcore.providers import CHECKPOINT
 from tests.mcore.resumable import NUM_STEPS, SAMPLES_OF_STEP, Job, assert_same_scores, make_job, run_on_rank
 from tests.models import save_checkpoint, save_tokenizer
 from tests.pool import WorkerPool
@@ -35,6 +32,14 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP 2 x VPP 2": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
     "TP 2 x PP 2": (4, ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2")),
 }
+
+EVERYTHING = (
+    "parallel.tensor=2",
+    "parallel.sequence=true",
+    "parallel.expert=2",
+    "parallel.pipeline=2",
+    "parallel.virtual_pipeline=2",
+)
 
 
 def make(folder: Path, model_root: Path) -> Job:
@@ -103,9 +108,8 @@ def test_experts_and_padded_documents_come_out_as_in_a_full_pass(
     for name, world_size, overrides in (
         ("one", 1, ()),
         ("EP 2", 2, ("parallel.expert=2",)),
-        ("TP 2, EP 2, VPP 2", 4, ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2",
-                               "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
-    ):  # fmt: skip
+        ("TP 2, EP 2, VPP 2", 4, EVERYTHING),
+    ):
         job = expert_job(tmp_path / name, experts, documents)
         shown = world.run(world_size, run_on_rank, job, (BLOCKWISE, *overrides))
         assert job.output.exists(), (name, shown)
@@ -235,39 +239,3 @@ def test_weights_that_are_gone_when_it_is_their_turn_end_all_ranks_and_lose_noth
     shown = world.run(1, run_on_rank, job, (BLOCKWISE, f"model.hf={job.folder / 'model'}"))
     assert "megascore-step-00000000-block-0001.safetensors, block 1" in shown[0]
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
-
-
-def run_with_provider_on_rank(job: Job, checkpoint: Path, overrides: tuple[str, ...]) -> str:
-    os.environ[CHECKPOINT] = str(checkpoint)
-    return run_on_rank(job, overrides)
-
-
-@pytest.mark.parametrize(
-    ("model", "tolerance"),
-    [
-        ({"load": "{saved}/ck", "dtype": "float64"}, TOLERANCE),
-        # Layers compute the same numbers either way, and the sums of scores are in float64.
-        ({"provider": "tests.mcore.providers:whole", "dtype": "float32"}, 1e-6),
-    ],
-    ids=["Megatron checkpoint", "provider"],
-)
-def test_other_sources_are_scored_layer_by_layer(
-    model: dict[str, str], tolerance: float, saved: Path, tmp_path: Path, world: WorkerPool
-) -> None:
-    tokens = tmp_path / "tokens.npy"
-    np.save(tokens, np.arange(4 * 16).reshape(4, 16) % 128)
-    jobs = []
-    for name, world_size, overrides in (("full", 1, ()), ("blockwise", 2, (BLOCKWISE, "parallel.pipeline=2"))):
-        folder = tmp_path / name
-        folder.mkdir()
-        job = Job(folder)
-        sections = {
-            "model": {key: value.format(saved=saved) for key, value in model.items()},
-            "data": {"tokens": str(tokens), "sequence_length": 16},
-            "run": {"output": str(job.output), "device": "cpu", "global_batch_size": 2},
-        }
-        job.config.write_text(json.dumps(sections))
-        shown = world.run(world_size, run_with_provider_on_rank, job, saved / "hf", overrides)
-        assert job.output.exists(), shown
-        jobs.append(job)
-    assert_same_scores(jobs[1].scores(), jobs[0].scores(), tolerance)

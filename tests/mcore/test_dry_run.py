@@ -362,8 +362,22 @@ def test_a_model_that_a_function_builds_is_all_there_at_first(models: Path) -> N
     provider_for_any_device.model = models / "llama"  # type: ignore[attr-defined]
     config = job(models / "llama", ParallelConfig(tensor=2))
     provided = ModelConfig(provider=f"{__name__}:provider_for_any_device", dtype="float32")
-    shown = show(replace(config, model=provided, run=replace(config.run, blockwise=True)))
-    assert "The whole model is built on the device first" in shown
+    blockwise = replace(config, model=provided, run=replace(config.run, blockwise=True))
+    assert "The whole model is built on the device first: the function in model.provider puts" in show(blockwise)
+
+
+def test_a_megatron_checkpoint_is_there_one_layer_at_a_time(saved: Path, world: WorkerPool) -> None:
+    provider_for_any_device.model = saved / "hf"  # type: ignore[attr-defined]
+    config = job(saved / "hf", ParallelConfig(tensor=2), num_samples=16)
+    config = replace(config, run=replace(config.run, blockwise=True))
+    load = str(saved / "ck")
+    by_args = replace(config, model=ModelConfig(load=load, dtype="float32"))
+    provided = ModelConfig(provider=f"{__name__}:provider_for_any_device", load=load, dtype="float32")
+    assert "built on the device first" not in show(by_args)
+    expected = pretend(config).groups
+    assert pretend(by_args).groups == pretend(replace(config, model=provided)).groups == expected
+    real, memory = world.run(2, plan_and_see_layers, by_args)[0]
+    assert (real.groups, memory) == (expected, 0)
 
 
 def test_what_cannot_run_one_layer_at_a_time_is_refused_as_in_the_job(models: Path, world: WorkerPool) -> None:

@@ -127,8 +127,42 @@ def read_share(folder: Path, parallel: ParallelConfig) -> tuple[int, int]:
 
 
 def test_each_rank_reads_only_the_parts_that_it_has(root: Path, world: WorkerPool) -> None:
-    # Each part of a tensor is wrapped in about 1.2 KB by torch.save; a rank reads the wrapping too.
     for num_read, num_own in world.run(2, read_share, root / "mixtral", ParallelConfig(expert=2)):
-        assert num_own < num_read < 1.5 * num_own
-    ((everything, _),) = world.run(1, read_share, root / "mixtral", ParallelConfig())
-    assert num_read < 0.7 * everything
+        assert num_read == num_own
+    # Saved with whole matrices, which each rank has half the rows or columns of.
+    for num_read, num_own in world.run(2, read_share, root / "mixtral", ParallelConfig(tensor=2, sequence=True)):
+        assert num_read == num_own
+
+
+def read_layers(folder: Path, parallel: ParallelConfig) -> list[tuple[int, int, bool]]:
+    """Bytes read and bytes had, outside of layers and by layer, and whether they are those of a model read at once."""
+    from megascore.mcore.blockwise.empty_layers import built_empty, filled
+    from megascore.mcore.blockwise.layers import layers_of
+
+    with parallel_world(parallel, CPU, TIMEOUT):
+        source = model_source(ModelConfig(load=str(folder), dtype="float32"))
+        (whole,) = source.build(parallel, torch.float32, CPU, 16)
+        source.load([whole])
+        with built_empty():
+            (chunk,) = source.build(parallel, torch.float32, CPU, 16)
+        found = []
+        num_read = source.weights.load([chunk])
+        for name, weight in chunk.named_parameters():
+            assert weight.is_meta or torch.equal(weight, whole.get_parameter(name)), name
+        outside = [weight for weight in chunk.parameters() if not weight.is_meta]
+        found.append((num_read, sum(weight.nbytes for weight in outside), True))
+        for layer, same in zip(layers_of(chunk), layers_of(whole), strict=True):
+            with filled(layer, CPU):
+                num_read = source.weights.load_layer(chunk, layer)
+                pairs = zip(layer.parameters(), same.parameters(), strict=True)
+                equal = all(torch.equal(one, other) for one, other in pairs)
+                found.append((num_read, sum(weight.nbytes for weight in layer.parameters()), equal))
+            assert all(weight.is_meta for weight in layer.parameters())
+        return found
+
+
+@pytest.mark.parametrize("model", [*MODELS, "numbered"])
+def test_a_layer_is_read_by_itself(model: str, root: Path, world: WorkerPool) -> None:
+    for found in world.run(2, read_layers, root / model, ParallelConfig(pipeline=2)):
+        assert len(found) == 3
+        assert all(num_read == num_own and equal for num_read, num_own, equal in found), found

@@ -11,6 +11,7 @@ from torch import nn
 from megascore.hooks import ForwardHook
 from megascore.mcore.blockwise.empty_layers import filled
 from megascore.mcore.blockwise.layers import layers_of
+from megascore.mcore.blockwise.model import whole_because
 from megascore.mcore.sources.source import ModelSource
 from megascore.mcore.view import MegatronModelView
 from megascore.scoring.config import JobConfig
@@ -58,6 +59,6 @@ def memory_of_one_layer(config: JobConfig, source: ModelSource, view: MegatronMo
         num_samples=None
         if num_samples is None
         else samples_of_rank(num_samples, config.run.global_batch_size, int(layout["data"])),
-        builds_whole=source.layer_by_layer is None,
+        whole_because=whole_because(source, view.modules),
         spools=config.run.spool_dir is not None,
     )

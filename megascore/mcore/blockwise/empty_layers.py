@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-__all__ = ["EmptyTransformerLayer", "filled", "on_device"]
+__all__ = ["built_empty", "filled", "on_device"]
 
 
-class EmptyTransformerLayer(TransformerLayer):  # type: ignore[misc]
-    """Megatron's layer with its parameters on the meta device; `filled` gives it real ones for a while."""
+@contextmanager
+def built_empty() -> Iterator[None]:
+    """Whoever builds Megatron's layers inside gets them with parameters on the meta device; `filled` gives real ones.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Build the layer, and drop its parameters: memory that was never written to, one layer at a time."""
-        super().__init__(*args, **kwargs)
-        for owner in self.modules():
+    Each layer is built as ever, and then its parameters are dropped: one layer takes memory at a time, and buffers keep
+    their values. Parameters that a subclass adds after Megatron's own are not dropped.
+    """
+    build = TransformerLayer.__init__
+
+    @wraps(build)
+    def build_and_drop(layer: Any, *args: Any, **kwargs: Any) -> None:
+        build(layer, *args, **kwargs)
+        for owner in layer.modules():
             for name, parameter in owner._parameters.items():
                 if parameter is not None:
                     owner._parameters[name] = _like(parameter, torch.device("meta"))
+
+    TransformerLayer.__init__ = build_and_drop
+    try:
+        yield
+    finally:
+        TransformerLayer.__init__ = build
 
 
 @contextmanager

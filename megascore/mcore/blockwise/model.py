@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megascore.capture.weights import MovingWeights
-from megascore.mcore.blockwise.empty_layers import filled
+from megascore.errors import ModelError
+from megascore.mcore.blockwise.empty_layers import built_empty, filled
 from megascore.mcore.blockwise.layers import layers_of
-from megascore.mcore.gpt import build_gpt
-from megascore.mcore.huggingface.config import HuggingFaceModelConfig
-from megascore.mcore.huggingface.load import load_layer, load_weights
 from megascore.mcore.inputs import JobInputs
 from megascore.mcore.sources.source import ModelSource
+from megascore.parallel.comm import world_rank
 from megascore.scoring.config import JobConfig
 
-__all__ = ["BlockwiseModel", "build_for_blocks", "load_for_blocks"]
+__all__ = ["BlockwiseModel", "build_for_blocks", "load_for_blocks", "whole_because"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,41 @@ def build_for_blocks(config: JobConfig, source: ModelSource, device: torch.devic
         MegascoreError: the model cannot be built.
     """
     dtype, length = getattr(torch, config.model.dtype), config.data.sequence_length
-    if source.layer_by_layer is None:
+    if source.whole_because is not None:
         return source.build(config.parallel, dtype, device, length)
-    architecture = source.layer_by_layer.architecture
-    return [*build_gpt(architecture, config.parallel, dtype, device, length, empty_layers=True)]
+    try:
+        with built_empty():
+            return source.build(config.parallel, dtype, device, length)
+    except RuntimeError as error:
+        # What PyTorch raises where a value is asked of a tensor that has none.
+        if device.type == "meta" or "meta" not in str(error):
+            raise
+        raise ModelError(
+            f"{source.name} asks for weights of layers, or moves them, while it builds: {error} With run.blockwise and "
+            "model.load, layers get their weights when it is their turn, and the job moves the model to its device: "
+            "let the function only build it, or score in a full pass (run.blockwise=false)."
+        ) from error
+
+
+def whole_because(source: ModelSource, chunks: Sequence[nn.Module]) -> str | None:
+    """Return why all layers of this rank are on the device at first; None where they are not. Not collective.
+
+    Args:
+        source: Of the model.
+        chunks: What `build_for_blocks` gave, on any device.
+    """
+    if source.whole_because is not None:
+        return source.whole_because
+    layers = [layer for chunk in chunks for layer in layers_of(chunk)]
+    others = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, TransformerLayer)})
+    return f"it has layers that are no TransformerLayer: {', '.join(others)}" if others else None
 
 
 def load_for_blocks(config: JobConfig, inputs: JobInputs, device: torch.device) -> BlockwiseModel:
     """Build the model of a job, and load what lies outside of its layers.
 
-    Weights of layers are read from a Hugging Face folder when it is their turn. From everywhere else the whole model is
-    loaded first; its layers then wait in host memory.
+    Weights of layers are read when it is their turn. Where layers could not be built empty (see `whole_because`) they
+    are loaded at once, and then wait in host memory; a warning says so.
 
     On every rank; collective over the pipeline stages where embeddings are tied.
 
@@ -60,23 +87,28 @@ def load_for_blocks(config: JobConfig, inputs: JobInputs, device: torch.device) 
         MegascoreError: the model cannot be built, or weights are missing.
     """
     source = inputs.source
-    of_layers = source.layer_by_layer
     chunks = build_for_blocks(config, source, device)
-    if of_layers is not None:
-        load_weights(chunks, of_layers.config, of_layers.directory)
-        return BlockwiseModel(chunks, lambda layer: _read(layer, of_layers.config, of_layers.directory, device))
+    reason = whole_because(source, chunks)
+    if reason is not None and world_rank() == 0:
+        logger.warning("run.blockwise: all weights of the model are on %s at first, as %s", device, reason)
     source.check_tokens(chunks, inputs.samples.largest_token)
     source.load(chunks)
+    presence: dict[int, Callable[[], AbstractContextManager[None]]] = {}
     for chunk in chunks:
         for layer in layers_of(chunk):
-            layer.to("cpu")
-    return BlockwiseModel(chunks, lambda layer: MovingWeights(layer, device).present(layer))
+            if _is_empty(layer):
+                presence[id(layer)] = partial(_read, source, chunk, layer, device)
+            else:
+                presence[id(layer)] = partial(MovingWeights(layer.to("cpu"), device).present, layer)
+    return BlockwiseModel(chunks, lambda layer: presence[id(layer)]())
+
+
+def _is_empty(layer: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in layer.parameters())
 
 
 @contextmanager
-def _read(
-    layer: nn.Module, config: HuggingFaceModelConfig, directory: str | Path, device: torch.device
-) -> Iterator[None]:
+def _read(source: ModelSource, chunk: nn.Module, layer: nn.Module, device: torch.device) -> Iterator[None]:
     with filled(layer, device):
-        load_layer(layer, config, directory)
+        source.load_layer(chunk, layer)
         yield

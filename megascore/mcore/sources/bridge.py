@@ -57,6 +57,8 @@ def find_bridge(directory: str, *, reason: ModelError) -> Any:
 class BridgeBuilder:
     """Builds a model as Megatron-Bridge describes it."""
 
+    whole_because = "Megatron-Bridge moves it there as a whole"
+
     name: str
     bridge: Any
     directory: str
@@ -131,6 +133,8 @@ def _settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
 class BridgeWeights:
     """Reads a Hugging Face checkpoint by Megatron-Bridge's own loader."""
 
+    whole_because = BridgeBuilder.whole_because
+
     bridge: Any
     directory: str
 
@@ -148,6 +152,10 @@ class BridgeWeights:
         except (ValueError, KeyError, OSError) as error:
             raise ModelError(f"Megatron-Bridge cannot load the weights in {self.directory}: {error!r}") from error
         return sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+
+    def load_layer(self, chunk: Any, layer: Any) -> int:
+        """Its loader reads whole models."""
+        raise AssertionError(self.whole_because)
 
     def fingerprint(self) -> str:
         """Return that of the directory's safetensors files."""

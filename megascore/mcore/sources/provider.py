@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megascore.errors import ConfigError, LayoutError, ModelError
+from megascore.mcore.blockwise.empty_layers import on_device
 from megascore.scoring.config import ParallelConfig
 
 __all__ = ["ProviderBuilder", "ProviderWeights", "checked_chunks", "find_function"]
@@ -50,6 +51,7 @@ class ProviderBuilder:
     """
 
     vocab_size = None
+    whole_because = None
 
     def __init__(self, provider: str) -> None:
         """Import the function, and look at what it declares.
@@ -155,7 +157,7 @@ def checked_chunks(
             )
         _check_degrees(config, parallel, where)
         _check_dtype(module, dtype, where)
-        chunks.append(module.to(device).eval())
+        chunks.append(on_device(module, device).eval())
     if len(chunks) != parallel.virtual_pipeline:
         raise ModelError(
             f"{where} returned {len(chunks)} chunks: expected {parallel.virtual_pipeline}, one for each of "
@@ -205,6 +207,8 @@ def _check_dtype(module: nn.Module, dtype: torch.dtype, where: str) -> None:
 class ProviderWeights:
     """Weights that the function has put into the model itself."""
 
+    whole_because = "the function in model.provider puts all weights into it itself"
+
     builder: ProviderBuilder
     known_as: str | None
     """What the user says of them (``model.fingerprint``)."""
@@ -215,6 +219,10 @@ class ProviderWeights:
     def load(self, chunks: Sequence[Any]) -> int:
         """Leave them as they are."""
         return 0
+
+    def load_layer(self, chunk: nn.Module, layer: nn.Module) -> int:
+        """Nothing could be loaded."""
+        raise AssertionError(self.whole_because)
 
     def fingerprint(self) -> str:
         """Return what the user says of them: nothing else tells where the function has them from."""

@@ -20,17 +20,18 @@ from megascore.mcore.gpt import build_gpt
 from megascore.mcore.huggingface.architecture import architecture_of
 from megascore.mcore.huggingface.config import HuggingFaceModelConfig, read_config
 from megascore.mcore.huggingface.config_values import UnsupportedModelError
-from megascore.mcore.huggingface.load import Checkpoint, load_weights
+from megascore.mcore.huggingface.load import Checkpoint, load_layer, load_weights
 from megascore.mcore.layout import check_divisible
 from megascore.mcore.sources.bridge import BridgeBuilder, BridgeWeights, find_bridge
 from megascore.mcore.sources.provider import ProviderBuilder, ProviderWeights
 from megascore.mcore.torch_dist.args import architecture_from_args
 from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
 from megascore.mcore.torch_dist.load import load_checkpoint
+from megascore.mcore.torch_dist.load import load_layer as load_checkpoint_layer
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from megascore.scoring.fingerprint import weights_fingerprint
 
-__all__ = ["Builder", "HuggingFaceModel", "ModelSource", "Weights", "model_source"]
+__all__ = ["Builder", "ModelSource", "Weights", "model_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ class Builder(Protocol):
     @property
     def vocab_size(self) -> int | None:
         """Tokens that it has; None where only the built model knows."""
+
+    @property
+    def whole_because(self) -> str | None:
+        """Why its layers cannot be built empty (see `built_empty`); None where they can."""
 
     def identity(self) -> Mapping[str, Any]:
         """Return what tells this model from others of the same weights, as plain values. Not collective."""
@@ -61,23 +66,21 @@ class Builder(Protocol):
 class Weights(Protocol):
     """Fills a model that was built."""
 
+    @property
+    def whole_because(self) -> str | None:
+        """Why they cannot be read one layer at a time; None where they can."""
+
     def check(self) -> None:
         """Raise where they are incomplete, as far as that can be known without reading them. Not collective."""
 
     def load(self, chunks: Sequence[Any]) -> int:
-        """Fill the chunks of this rank; return bytes read. On every rank."""
+        """Fill the chunks of this rank, but for parameters on the meta device; return bytes read. On every rank."""
+
+    def load_layer(self, chunk: Any, layer: Any) -> int:
+        """Fill one layer of a chunk; return bytes read. Not collective. Only where nothing is in ``whole_because``."""
 
     def fingerprint(self) -> str:
         """Return what tells these weights from others."""
-
-
-@dataclass(frozen=True)
-class HuggingFaceModel:
-    """A model that megascore itself knows to build and to load from Hugging Face's files."""
-
-    architecture: Architecture
-    config: HuggingFaceModelConfig
-    directory: str
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,6 @@ class ModelSource:
     weights: Weights
     tokenizer: str | None
     """Hugging Face directory that has the model's own tokenizer; None where there is none."""
-    layer_by_layer: HuggingFaceModel | None = None
-    """Where weights can be read one layer at a time."""
 
     @property
     def name(self) -> str:
@@ -100,6 +101,11 @@ class ModelSource:
     def vocab_size(self) -> int | None:
         """Tokens that it has; None where only the built model knows."""
         return self.builder.vocab_size
+
+    @property
+    def whole_because(self) -> str | None:
+        """Why all layers must be there at once; None where each can be built empty and read by itself."""
+        return self.builder.whole_because or self.weights.whole_because
 
     def identity(self) -> Mapping[str, Any]:
         """Return what tells this model from others of the same weights, as plain values. Not collective."""
@@ -129,13 +135,24 @@ class ModelSource:
         return self.builder.build(parallel, dtype, device, max_sequence_length)
 
     def load(self, chunks: Sequence[Any]) -> None:
-        """Fill the chunks of this rank. On every rank.
+        """Fill the chunks of this rank, but for parameters on the meta device. On every rank.
 
         Raises:
             ModelError: weights are missing, damaged, or of another model.
         """
         num_bytes = self.weights.load(chunks)
         logger.info("read %.1f MB of weights of %s", num_bytes / 1e6, self.name)
+
+    def load_layer(self, chunk: Any, layer: Any) -> None:
+        """Fill one layer of a chunk, which has memory for its parameters. Not collective.
+
+        Only where nothing is in `whole_because`.
+
+        Raises:
+            ModelError: a file is missing or damaged: it has changed since the run began.
+        """
+        num_bytes = self.weights.load_layer(chunk, layer)
+        logger.debug("read %.1f MB of weights of layer %d", num_bytes / 1e6, layer.layer_number - 1)
 
     def check_tokens(self, chunks: Sequence[Any], largest: int) -> None:
         """Check data against a model that only says how many tokens it has once it is built. Not collective.
@@ -198,9 +215,7 @@ def _from_hugging_face(directory: str, checkpoint: MegatronCheckpoint | None) ->
         return ModelSource(builder, weights, directory)
     architecture = architecture_of(config)
     if checkpoint is None:
-        whole = HuggingFaceModel(architecture, config, directory)
-        weights = _HuggingFaceWeights(config, directory)
-        return ModelSource(_ArchitectureBuilder(name, architecture), weights, directory, whole)
+        return ModelSource(_ArchitectureBuilder(name, architecture), _HuggingFaceWeights(config, directory), directory)
     return ModelSource(
         _ArchitectureBuilder(name, checkpoint.with_its_vocabulary(architecture)),
         _MegatronWeights(checkpoint),
@@ -212,6 +227,7 @@ def _from_hugging_face(directory: str, checkpoint: MegatronCheckpoint | None) ->
 class _ArchitectureBuilder:
     name: str
     architecture: Architecture
+    whole_because = None
 
     @property
     def vocab_size(self) -> int | None:
@@ -233,6 +249,7 @@ class _ArchitectureBuilder:
 class _HuggingFaceWeights:
     config: HuggingFaceModelConfig
     directory: str
+    whole_because = None
 
     def check(self) -> None:
         with Checkpoint(self.directory) as checkpoint:
@@ -241,6 +258,9 @@ class _HuggingFaceWeights:
     def load(self, chunks: Sequence[Any]) -> int:
         return load_weights(chunks, self.config, self.directory)
 
+    def load_layer(self, chunk: Any, layer: Any) -> int:
+        return load_layer(layer, self.config, self.directory)
+
     def fingerprint(self) -> str:
         return weights_fingerprint(self.directory)
 
@@ -248,12 +268,16 @@ class _HuggingFaceWeights:
 @dataclass(frozen=True)
 class _MegatronWeights:
     checkpoint: MegatronCheckpoint
+    whole_because = None
 
     def check(self) -> None:
         self.checkpoint.check_files()
 
     def load(self, chunks: Sequence[Any]) -> int:
         return load_checkpoint(chunks, self.checkpoint)
+
+    def load_layer(self, chunk: Any, layer: Any) -> int:
+        return load_checkpoint_layer(chunk, layer, self.checkpoint)
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -21,11 +22,21 @@ from torch.distributed.checkpoint.metadata import (
 from megascore.errors import ModelError
 from megascore.mcore.torch_dist.inert import InertRecord, inert_class
 
-__all__ = ["CheckpointIndex", "read_index"]
+__all__ = ["CheckpointIndex", "StoredPart", "read_index"]
 
 INERT_MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.", "pathlib")
 """Modules whose classes may stand in the index; they are never imported for it."""
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A part of a tensor as it was saved."""
+
+    offsets: torch.Size
+    sizes: torch.Size
+    place: _StorageInfo | None
+    """File and bytes; None where the index does not tell."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,21 @@ class CheckpointIndex:
     tensors: Mapping[str, TensorStorageMetadata]
     places: Mapping[MetadataIndex, _StorageInfo]
     """By name and offset of a part: file and bytes. Only of tensors."""
+    _boxes: dict[str, tuple[Tensor, Tensor, list[StoredPart]]] = field(default_factory=dict)
+
+    def boxes_of(self, name: str) -> tuple[Tensor, Tensor, list[StoredPart]]:
+        """Return where each stored part of a tensor begins and ends in it, [parts, dims] int64, and the parts."""
+        if name not in self._boxes:
+            entry = self.tensors[name]
+            parts = [
+                StoredPart(chunk.offsets, chunk.sizes, self.places.get(MetadataIndex(name, chunk.offsets)))
+                for chunk in entry.chunks
+            ]
+            shape = (len(parts), len(entry.size))
+            begins = torch.tensor([part.offsets for part in parts], dtype=torch.int64).reshape(shape)
+            sizes = torch.tensor([part.sizes for part in parts], dtype=torch.int64).reshape(shape)
+            self._boxes[name] = begins, begins + sizes, parts
+        return self._boxes[name]
 
 
 def read_index(path: Path) -> CheckpointIndex:

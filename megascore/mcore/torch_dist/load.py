@@ -1,30 +1,26 @@
-"""Weights of a Megatron checkpoint into models of any layout, each rank reading only the parts that it has.
+"""Weights of a Megatron checkpoint into models of any layout, each rank reading only the values that it has.
 
 Megatron's own loader unpickles the index, and needs all ranks at once. Here Megatron says which part of which tensor
-each parameter is (``sharded_state_dict``), and torch.distributed.checkpoint cuts and reads the parts.
+each parameter is (``sharded_state_dict``); `read` finds and reads it.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megascore.errors import ModelError
 from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
+from megascore.mcore.torch_dist.read import fill_from_part, overlaps
 
-__all__ = ["load_checkpoint"]
+__all__ = ["load_checkpoint", "load_layer"]
 
 LAYER_NUMBER = re.compile(r"^decoder\.layers\.(\d+)\.")
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
@@ -47,6 +43,7 @@ class _Wanted:
 def load_checkpoint(chunks: Sequence[nn.Module], checkpoint: MegatronCheckpoint) -> int:
     """Fill the model chunks of this rank.
 
+    Parameters on the meta device are checked like the others, and not read: see `load_layer`.
     Not collective. Every rank checks the files of the whole checkpoint before any weight is read.
 
     Args:
@@ -61,15 +58,41 @@ def load_checkpoint(chunks: Sequence[nn.Module], checkpoint: MegatronCheckpoint)
             or a file is missing or damaged. It names the tensor.
     """
     checkpoint.check_files()
-    reader = FileSystemReader(checkpoint.folder)
-    reader.storage_data = dict(checkpoint.index.places)
     num_bytes = 0
     for chunk in chunks:
         sharded = chunk.sharded_state_dict(metadata=checkpoint.naming)  # type: ignore[operator]
         _check_unused(sharded, checkpoint)
-        for value in _values(sharded):
-            num_bytes += _load_value(value, checkpoint, reader)
+        num_bytes += sum(_load_value(value, checkpoint) for value in _values(sharded))
     return num_bytes
+
+
+def load_layer(chunk: nn.Module, layer: nn.Module, checkpoint: MegatronCheckpoint) -> int:
+    """Fill one decoder layer, as `load_checkpoint` does; only its own tensors are looked at. Not collective.
+
+    Args:
+        chunk: The model chunk of this rank that the layer is in.
+        layer: With memory for its parameters.
+        checkpoint: Saved from a model of the same make, in any layout.
+
+    Returns:
+        Bytes read by this rank.
+
+    Raises:
+        ModelError: a file is missing or damaged: it has changed since the run began.
+    """
+    return sum(_load_value(value, checkpoint) for value in _values(_sharded_layer(chunk, layer, checkpoint)))
+
+
+def _sharded_layer(chunk: nn.Module, layer: nn.Module, checkpoint: MegatronCheckpoint) -> dict[str, Any]:
+    """Let Megatron say what a layer's parameters are. It only does so for a block, which has this layer alone then."""
+    name, block = next((name, block) for name, block in chunk.named_modules() if isinstance(block, TransformerBlock))
+    layers = block.layers
+    block.layers = nn.ModuleList([layer])
+    try:
+        sharded = block.sharded_state_dict(prefix=f"{name}.", metadata=checkpoint.naming)
+    finally:
+        block.layers = layers
+    return {key: value for key, value in sharded.items() if key.startswith(f"{name}.layers.")}
 
 
 def _values(sharded: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
@@ -83,16 +106,15 @@ def _values(sharded: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
         yield sharded
 
 
-def _load_value(
-    value: ShardedTensor | ShardedTensorFactory, checkpoint: MegatronCheckpoint, reader: FileSystemReader
-) -> int:
+def _load_value(value: ShardedTensor | ShardedTensorFactory, checkpoint: MegatronCheckpoint) -> int:
     """Load one parameter: in place, unless Megatron saves it in a form that is no part of it."""
     if isinstance(value, ShardedTensor):
-        return _read([_wanted(value, checkpoint)], checkpoint, reader)
+        return _read(_wanted(value, checkpoint), checkpoint)
     built = value.build()
     parts = [_wanted(part, checkpoint) for part in _values(built)]
-    num_bytes = _read(parts, checkpoint, reader)
-    if any(_storage(part.target) != _storage(value.data) for part in parts):
+    num_bytes = sum(_read(part, checkpoint) for part in parts)
+    is_copy = any(_storage(part.target) != _storage(value.data) for part in parts)
+    if is_copy and not value.data.is_meta:
         with torch.no_grad():
             value.data.copy_(value.merge_fn(_data_of(built)))
     return num_bytes
@@ -128,28 +150,10 @@ def _wanted(part: ShardedTensor, checkpoint: MegatronCheckpoint) -> _Wanted:
     return _Wanted(name, torch.Size(part.global_offset), shape, target, bool(part.allow_shape_mismatch))
 
 
-def _read(parts: Sequence[_Wanted], checkpoint: MegatronCheckpoint, reader: FileSystemReader) -> int:
-    by_file: dict[str, list[ReadItem]] = defaultdict(list)
-    num_bytes = 0
-    for part in parts:
-        items = _read_items(part, checkpoint)
-        for item in items:
-            place = checkpoint.index.places.get(item.storage_index)
-            if place is None:
-                raise ModelError(f"{checkpoint.folder}/.metadata does not say where '{part.name}' lies.")
-            by_file[place.relative_path].append(item)
-            num_bytes += place.length
-    planner = _Planner(parts)
-    for name, items in by_file.items():
-        _read_file(checkpoint.folder / name, LoadPlan(items), planner, reader)
-    return num_bytes
-
-
-def _read_items(part: _Wanted, checkpoint: MegatronCheckpoint) -> list[ReadItem]:
-    local = ChunkStorageMetadata(part.offsets, part.target.shape)
+def _read(part: _Wanted, checkpoint: MegatronCheckpoint) -> int:
     entry = checkpoint.index.tensors[part.name]
-    items: list[ReadItem] = create_read_items_for_chunk_list(part.name, entry, [local])
-    covered = sum(item.lengths.numel() for item in items)
+    found = list(overlaps(checkpoint.index, part.name, part.offsets, part.target.shape))
+    covered = sum(part.target[inside].numel() for _, _, inside in found)
     if covered < part.target.numel():
         if not part.may_differ or entry.size == part.global_shape:
             raise ModelError(
@@ -158,47 +162,12 @@ def _read_items(part: _Wanted, checkpoint: MegatronCheckpoint) -> list[ReadItem]
             )
         # Padding of the vocabulary: entries that no token has.
         part.target.zero_()
-    return items
-
-
-def _read_file(path: Path, plan: LoadPlan, planner: LoadPlanner, reader: FileSystemReader) -> None:
-    try:
-        # Tensors are read by torch.load(weights_only=True).
-        reader.read_data(plan, planner).wait()
-    except Exception as error:  # Damaged bytes raise nearly anything.
-        names = sorted({item.storage_index.fqn for item in plan.items})
-        raise ModelError(f"{path} cannot be read: '{names[0]}' in it is damaged: {error}") from error
-
-
-class _Planner(LoadPlanner):
-    """Hands out where the tensors that are read go."""
-
-    def __init__(self, parts: Sequence[_Wanted]) -> None:
-        self._targets = {MetadataIndex(part.name, part.offsets): part.target for part in parts}
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self._targets[read_item.dest_index]
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(dim, offset, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It was copied into place already."""
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        """There is nothing to plan with other ranks."""
-
-    def create_local_plan(self) -> LoadPlan:
-        raise AssertionError("this planner is given its plan")
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise AssertionError("this planner is given its plan")
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise AssertionError("only tensors are read")
+    if part.target.is_meta:
+        return 0
+    return sum(
+        fill_from_part(part.target[inside], checkpoint.folder, part.name, stored, where)
+        for stored, where, inside in found
+    )
 
 
 def _check_unused(sharded: Any, checkpoint: MegatronCheckpoint) -> None:
