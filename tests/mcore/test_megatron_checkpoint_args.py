@@ -71,7 +71,7 @@ def test_arguments_give_the_model_that_they_describe(saved: Path, folder: Path) 
 def test_a_checkpoint_that_does_not_say_what_it_is_names_both_ways_out(folder: Path) -> None:
     torch.save({"iteration": 10}, folder / "common.pt")
     with pytest.raises(
-        ModelError, match=r"no 'args' in its common\.pt and no run_config\.yaml.* model\.hf .* model\.provider"
+        ModelError, match=r"no run_config\.yaml, and .*common\.pt no 'args'.* model\.hf .* model\.provider"
     ):
         model_source(ModelConfig(load=str(folder)))
 

@@ -121,13 +121,14 @@ class _Args:
 
 
 def _find_args(checkpoint: MegatronCheckpoint) -> _Args:
-    given, run_config = checkpoint.common.get("args"), checkpoint.folder / RUN_CONFIG
+    common, run_config = checkpoint.common, checkpoint.folder / RUN_CONFIG
+    given = common.values.get("args")
     if isinstance(given, argparse.Namespace):
-        return _Args(vars(given), f"args in {checkpoint.folder}/common.pt")
+        return _Args(vars(given), f"args in {common.where}")
     if run_config.is_file():
         return _Args(args_of_run_config(run_config), str(run_config))
     raise ModelError(
-        f"{checkpoint.folder} has no 'args' in its common.pt and no {RUN_CONFIG}, so it does not say what model it is "
+        f"{checkpoint.folder} has no {RUN_CONFIG}, and {common.where} no 'args', so it does not say what model it is "
         "of: give a Hugging Face directory of the same model in model.hf (its config.json and tokenizer are read, not "
         "its weights), or a function that builds the model in model.provider."
     )
