@@ -16,6 +16,7 @@ __all__ = [
     "forget_cached_masks",
     "has_transformer_engine",
     "missing_names",
+    "runs_fused",
     "submodules_of",
     "without_deprecation_log",
 ]
@@ -38,6 +39,19 @@ def missing_names() -> list[tuple[Any, str, Any]]:
     """Return names that some versions use without defining them everywhere: (module, name, value to give it)."""
     # 0.15 and 0.16 ask for this one of Transformer Engine's also where that is not installed.
     return [(moe_utils, "te_general_gemm", getattr(moe_utils, "te_general_gemm", None))]
+
+
+def runs_fused(module: Any) -> bool:
+    """Whether an MLP or experts run as fused operations of Transformer Engine, past their own linear layers.
+
+    Hooks on those are never called, or without tensors. A class of its own for dense MLPs; from 0.18 on also a way in
+    which grouped experts run, and from 0.19 on shared ones.
+    """
+    return (
+        hasattr(module, "_fused_impl")
+        or bool(getattr(module, "_with_fused_impl", False))
+        or hasattr(module, "_fused_grouped_swiglu_ops")
+    )
 
 
 def submodules_of(spec: Any) -> Any:

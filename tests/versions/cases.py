@@ -77,9 +77,11 @@ def _score(layout: str, checkpoint: str) -> Iterator[tuple[str, Tensor]]:
             chunks = build_expert_model(parallel, variant)
         generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
         with megascore.attach(chunks, scores=DENSE if variant is None else EXPERTS) as run:
-            for _ in range(NUM_STEPS):
+            for step in range(NUM_STEPS):
                 tokens = torch.randint(0, SIZES["vocab"], (2, length), generator=generator)
-                forward_only(chunks, list(tokens.split(1)), compute_loss=True)
+                # The last tokens do not count.
+                masks = list((torch.arange(length) < length - 3 * step).expand(2, length).split(1)) if step else None
+                forward_only(chunks, list(tokens.split(1)), True, masks, run)
                 run.step()
         yield from run.finish().items()
 
