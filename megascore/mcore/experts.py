@@ -25,6 +25,16 @@ from megascore.scoring.places import LocalMask, Place, PlaceKind, Reader, first_
 
 __all__ = ["ExpertPlace", "build_expert_hook", "expert_facts", "expert_layout", "expert_places"]
 
+PADDING = (
+    "moe_pad_expert_input_to_capacity",
+    "moe_router_padding_for_quantization",
+    "moe_router_padding_for_fp8",
+    "moe_use_grouped_tensor",
+    "fp8",
+    "fp4",
+)
+"""Fields of Megatron's ``TransformerConfig``, each of some versions, with which experts are given more than tokens."""
+
 
 @dataclass(frozen=True)
 class ExpertPlace(Place):
@@ -93,8 +103,7 @@ def build_expert_hook(place: ExpertPlace, config: TransformerConfig) -> PlacedHo
     Raises:
         ModelError: the model gives experts tokens that are none, so that they cannot be counted.
     """
-    padding = ("moe_pad_expert_input_to_capacity", "moe_router_padding_for_quantization", "fp8", "fp4")
-    padded = [name for name in padding if getattr(config, name, None)]
+    padded = [name for name in PADDING if getattr(config, name, None)]
     if padded:
         raise ModelError(
             f"{place.name}: with {', '.join(padded)} set, experts are given padding that cannot be told from tokens. "

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from megascore.mcore.blockwise.run import run_blockwise
+from megascore.mcore.compat import without_deprecation_log
 from megascore.mcore.dry_run import dry_run
 from megascore.mcore.inputs import JobInputs, check_job, check_output, finished_scores, read_inputs
 from megascore.mcore.sources.source import ModelSource
@@ -125,7 +126,8 @@ def _quiet_megatron() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning)
         # The router's type is the model's own.
         warnings.filterwarnings("ignore", message="Using a large number of experts", category=UserWarning)
-        yield
+        with without_deprecation_log():
+            yield
 
 
 def _load_model(config: JobConfig, inputs: JobInputs, device: torch.device) -> list[Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megascore.errors import ModelError
 from megascore.hooks import ForwardHook
+from megascore.mcore.compat import runs_fused
 from megascore.mcore.experts import ExpertPlace, build_expert_hook, expert_facts, expert_layout, expert_places
 from megascore.mcore.fused_norm import fused_norm_output, has_fused_norm
 from megascore.mcore.groups import DenseGroups
@@ -49,6 +50,14 @@ class MegatronModelView:
             names = ", ".join(type(chunk).__name__ for chunk in chunks)
             raise ModelError(f"{names}: no module was built with a Megatron-Core TransformerConfig.")
         self._config: TransformerConfig = built.config
+        self._never_called = {
+            id(part)
+            for _, _, block in self._blocks
+            for owner in block.modules()
+            if runs_fused(owner)
+            for part in owner.modules()
+            if part is not owner
+        }
         self._groups = DenseGroups.of(built)
         context = self._groups.axis("cp")
         self._mask = SequenceMask(context)
@@ -104,7 +113,17 @@ class MegatronModelView:
         return tuple(self._find_places())
 
     def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        """Return a fresh hook for one score at ``place``."""
+        """Return a fresh hook for one score at ``place``.
+
+        Raises:
+            ModelError: the model never calls the module there, or gives it what can't be told from tokens.
+        """
+        if id(place.module) in self._never_called:
+            raise ModelError(
+                f"{place.name}: the model runs past this module, in fused operations of Transformer Engine. Build it "
+                "with use_transformer_engine_op_fuser=False (and use_grouped_gemm_for_shared_expert=False), or leave "
+                f"{request.target} out of the scores."
+            )
         if isinstance(place, ExpertPlace):
             return build_expert_hook(place, self._config)
         hook = build_hook(request, place)

@@ -138,6 +138,27 @@ class Unknown(nn.Module):
         return self.inner[0](hidden)
 
 
+def test_layers_that_the_model_runs_past_are_refused(world: WorkerPool, checkpoint: str) -> None:
+    refused, attached = world.run(1, attach_to_fused_operations, checkpoint)[0]
+    assert "decoder.layers.1.mlp.linear_fc2: the model runs past this module" in refused
+    assert "use_transformer_engine_op_fuser=False" in refused
+    assert attached == {"layers", "attention_heads"}
+
+
+def attach_to_fused_operations(checkpoint: str) -> tuple[str, set[str]]:
+    """The second layer's MLP is marked as Transformer Engine's fused one is."""
+    parallel = ParallelConfig()
+    with parallel_world(parallel):
+        chunks = load(checkpoint, parallel)
+        chunks[0].decoder.layers[1].mlp._fused_impl = None
+        with pytest.raises(MegascoreError) as caught:
+            megascore.attach(chunks, scores=[{"target": "ffn"}])
+        with megascore.attach(chunks, scores=[{"target": "layers"}, {"target": "attention_heads"}]) as run:
+            forward(chunks)
+            run.step()
+        return str(caught.value), {key.split("/")[1] for key in run.finish()}
+
+
 def test_ranks_that_disagree_stop_together(world: WorkerPool, checkpoint: str) -> None:
     texts = world.run(2, attach_differently, checkpoint)
     assert all("must attach the same scores" in text for text, _ in texts), texts

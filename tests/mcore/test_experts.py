@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megascore.errors import ModelError
+from megascore.mcore.experts import PADDING, ExpertPlace, build_expert_hook
+from megascore.mcore.groups import ExpertGroups
 from megascore.parallel.axes import Placement
 from megascore.scoring.config import ParallelConfig
 from megascore.scoring.places import PlaceKind
@@ -167,17 +169,14 @@ def make_tokens() -> Tensor:
     return torch.randint(0, SIZES["vocab"], (NUM_SAMPLES, SIZES["sequence"]), generator=generator)
 
 
-@pytest.mark.parametrize("option", ["moe_pad_expert_input_to_capacity", "moe_router_padding_for_quantization", "fp8"])
+@pytest.mark.parametrize("option", PADDING)
 def test_padding_among_an_experts_tokens_is_refused(option: str) -> None:
-    from megascore.mcore.experts import ExpertPlace, build_expert_hook
-    from megascore.mcore.groups import ExpertGroups
-
     placement, name = Placement.whole(NUM_EXPERTS), "decoder.layers.1.mlp.experts"
     place = ExpertPlace(
         PlaceKind.ROUTED_EXPERTS, name, torch.nn.Identity(), name, placement, lambda *_: None, ExpertGroups({})
     )
     config = SimpleNamespace(fp8=None, fp4=None)
     build_expert_hook(place, config)
-    setattr(config, option, "e4m3" if option == "fp8" else True)
+    setattr(config, option, "e4m3" if option.startswith("fp") else True)
     with pytest.raises(ModelError, match=f"{name}: with {option} set"):
         build_expert_hook(place, config)

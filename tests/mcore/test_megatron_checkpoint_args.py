@@ -35,6 +35,15 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         {"glu_linear_offset": 1.0, "no_rope_freq": "x" * 3},
         r"Megatron-Core does not build this Megatron model",
     ),
+    "scaled parametrization": ({"use_mup": True}, r"use_mup=True is not supported: .*provider"),
+    "softmax": (
+        {"softmax_type": "off-by-one"},
+        r"softmax_type=off-by-one is not supported; supported: vanilla\. .*provider",
+    ),
+    "balancing": (
+        {"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},
+        r"moe_router_load_balancing_type=sinkhorn is not supported; supported: aux_loss",
+    ),
     "window": ({"window_size": (4, 4)}, r"window_size=\(4, 4\) is not supported"),
 }
 
@@ -53,6 +62,8 @@ def test_arguments_give_the_model_that_they_describe(saved: Path, folder: Path) 
         "squared_relu": True,
         "num_experts": 4,
         "moe_layer_freq": 2,
+        "moe_router_load_balancing_type": ["seq_aux_loss"],
+        "softmax_type": "vanilla",
         "window_size": (7, 0),
         "window_attn_skip_freq": 2,
         "group_query_attention": False,
@@ -71,7 +82,7 @@ def test_arguments_give_the_model_that_they_describe(saved: Path, folder: Path) 
 def test_a_checkpoint_that_does_not_say_what_it_is_names_both_ways_out(folder: Path) -> None:
     torch.save({"iteration": 10}, folder / "common.pt")
     with pytest.raises(
-        ModelError, match=r"no 'args' in its common\.pt and no run_config\.yaml.* model\.hf .* model\.provider"
+        ModelError, match=r"no run_config\.yaml, and .*common\.pt no 'args'.* model\.hf .* model\.provider"
     ):
         model_source(ModelConfig(load=str(folder)))
 

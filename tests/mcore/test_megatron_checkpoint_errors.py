@@ -22,7 +22,7 @@ from megascore.mcore.torch_dist.args import architecture_from_args
 from megascore.mcore.torch_dist.checkpoint import MegatronCheckpoint
 from megascore.mcore.world import parallel_world
 from megascore.scoring.config import ModelConfig, ParallelConfig
-from tests.mcore.torch_dist import Colour
+from tests.mcore.torch_dist import Colour, move_common
 
 CPU = torch.device("cpu")
 
@@ -49,8 +49,11 @@ def rewrite_index(folder: Path, change: Callable[[Metadata], object]) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
-def test_objects_of_unknown_classes_are_read_as_inert_records(folder: Path) -> None:
-    common = MegatronCheckpoint(folder).common
+@pytest.mark.parametrize("among_weights", [False, True])
+def test_objects_of_unknown_classes_are_read_as_inert_records(among_weights: bool, folder: Path) -> None:
+    if among_weights:
+        move_common(folder)
+    common = MegatronCheckpoint(folder).common.values
     assert isinstance(common["args"], argparse.Namespace)
     assert repr(common["colour"]) == f"<{Colour.__module__}.Colour>"
     assert common["colour"].args == (1,)
@@ -64,6 +67,9 @@ def test_nothing_in_a_checkpoint_is_ever_run(folder: Path, tmp_path: Path) -> No
 
     torch.save({"args": Bomb(touched)}, folder / "common.pt")
     with pytest.raises(ModelError, match=r"common\.pt cannot be read: it names (posix|nt)\.system, which is never run"):
+        architecture_from_args(MegatronCheckpoint(folder))
+    move_common(folder, {"args": Bomb(touched)})
+    with pytest.raises(ModelError, match=r"distcp cannot be read: it names (posix|nt)\.system, which is never run"):
         architecture_from_args(MegatronCheckpoint(folder))
     rewrite_index(folder, lambda metadata: setattr(metadata, "planner_data", Bomb(touched)))
     with pytest.raises(ModelError, match=r"\.metadata names (posix|nt)\.system, which has no place in the index"):
@@ -109,7 +115,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index that leads elsewhere": (point_elsewhere, r"names the file '\.\./\.\./weights': expected files of its own"),
     "part not saved": (leave_out_a_part, r"holds 0 of the \d+ values at \[.*\] of 'decoder\.layers\.mlp\.linear_fc1"),
-    "no common.pt": (lambda f: (f / "common.pt").unlink(), r"common\.pt not found: the checkpoint is incomplete"),
+    "no common.pt": (
+        lambda f: (f / "common.pt").unlink(),
+        r"common\.pt not found, nor .*: the checkpoint is incomplete",
+    ),
+    "no dict": (lambda f: move_common(f, [1]), r"'common_state/.*' in .*__0_0\.distcp holds list, expected a dict"),
+    "common state cut short": (
+        lambda f: (move_common(f), cut_short(f / "__0_0.distcp")),
+        r"'common_state/shard_0_1' in .*__0_0\.distcp cannot be read",
+    ),
     "common.pt damaged": (lambda f: cut_short(f / "common.pt"), r"common\.pt cannot be read"),
     "another format": (lambda f: write_format(f, "zarr"), r"has the format 'zarr', expected 'torch_dist'"),
     "metadata.json damaged": (lambda f: (f / "metadata.json").write_text("{"), r"metadata\.json cannot be read"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import enum
+import io
+import pickle
 import queue
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-__all__ = ["Colour", "save_torch_dist", "training_args"]
+__all__ = ["Colour", "move_common", "save_torch_dist", "training_args"]
 
 
 class Colour(enum.Enum):
@@ -55,7 +57,10 @@ def save_torch_dist(
 
 @contextmanager
 def _writing_in_this_process() -> Iterator[None]:
-    """Megatron writes from processes that it forks: not allowed in daemons, as the workers of the tests' pool are."""
+    """Up to 0.16 Megatron writes from processes that it forks: not allowed in daemons, as the pool's workers are.
+
+    Since then it does so in threads, and hands the results over through yet another process.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -69,13 +74,41 @@ def _writing_in_this_process() -> Iterator[None]:
             written[number] = outcomes.get()[1]
         results.put(written)
 
-    with (
-        mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue),
-        # Needs psutil, for a line of its debug log.
-        mock.patch.object(filesystem_async, "_process_memory", return_value=0),
-        mock.patch.object(FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(write)),
-    ):
+    one_queue: queue.Queue[Any] = queue.Queue()
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (filesystem_async, "_get_write_results_queue", lambda *_: one_queue),
+            (filesystem_async, "get_write_results_queue", lambda *_: one_queue),
+            # Needs psutil, for a line of its debug log.
+            (filesystem_async, "_process_memory", lambda: 0),
+            (FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(write)),
+        ):
+            if hasattr(owner, name):
+                stack.enter_context(mock.patch.object(owner, name, value))
         yield
+
+
+def move_common(folder: Path, common: Any = None) -> None:
+    """Put what is in common.pt among the weights, as Megatron-Core does from 0.19 on.
+
+    Args:
+        folder: A checkpoint.
+        common: To be there instead.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+    if common is None:
+        common = torch.load(folder / "common.pt", weights_only=False)
+    (folder / "common.pt").unlink()
+    written, shard, name = io.BytesIO(), folder / "__0_0.distcp", "common_state/shard_0_1"
+    torch.save([common], written)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.state_dict_metadata[name] = BytesStorageMetadata()
+    index.storage_data[MetadataIndex(name)] = _StorageInfo(shard.name, shard.stat().st_size, written.tell())
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with shard.open("ab") as file:
+        file.write(written.getvalue())
 
 
 def training_args(directory: Path, **changes: Any) -> argparse.Namespace:

@@ -1,6 +1,8 @@
 """What every supported Megatron-Core must score the same; run by `test_versions` with another version on the path.
 
-python -m tests.versions.cases CHECKPOINT OUTPUT
+python -m tests.versions.cases INPUTS OUTPUT
+
+INPUTS is a folder that `jobs.write_inputs` has filled, OUTPUT one for scores and for a folder of each job.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +22,12 @@ from torch import Tensor
 from megascore.scoring.config import ModelConfig, ParallelConfig
 from tests.mcore.expert_model import SIZES, Variant, build_expert_model
 from tests.pool import WorkerPool
+from tests.versions.jobs import run_jobs
 
-__all__ = ["score_cases"]
+__all__ = ["SCORES", "score_cases"]
+
+SCORES = "scores.safetensors"
+"""What `score_cases` gave, in OUTPUT."""
 
 NUM_STEPS = 2
 DENSE = [
@@ -70,14 +77,16 @@ def _score(layout: str, checkpoint: str) -> Iterator[tuple[str, Tensor]]:
             chunks = build_expert_model(parallel, variant)
         generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
         with megascore.attach(chunks, scores=DENSE if variant is None else EXPERTS) as run:
-            for _ in range(NUM_STEPS):
+            for step in range(NUM_STEPS):
                 tokens = torch.randint(0, SIZES["vocab"], (2, length), generator=generator)
-                forward_only(chunks, list(tokens.split(1)), compute_loss=True)
+                # The last tokens do not count.
+                masks = list((torch.arange(length) < length - 3 * step).expand(2, length).split(1)) if step else None
+                forward_only(chunks, list(tokens.split(1)), True, masks, run)
                 run.step()
         yield from run.finish().items()
 
 
-def _write_cases(checkpoint: str, output: str) -> None:
+def _write_cases(checkpoint: str, output: Path) -> None:
     """Written by a rank, for Megatron 0.18 and later change how a tensor is pickled, for readers that have it."""
     version, scores = score_cases(checkpoint)
     if dist.get_rank() == 0:
@@ -85,9 +94,11 @@ def _write_cases(checkpoint: str, output: str) -> None:
 
 
 def _main() -> None:
+    inputs, output = map(Path, sys.argv[1:])
     pool = WorkerPool()
     try:
-        pool.run(2, _write_cases, *sys.argv[1:], timeout=240)
+        pool.run(2, _write_cases, str(inputs / "qwen3"), output / SCORES, timeout=240)
+        run_jobs(pool, inputs, output)
     finally:
         pool.close()
 

@@ -60,8 +60,17 @@ NOT_SUPPORTED = (
     "qk_l2_norm",
     "quick_geglu",
     "use_legacy_models",
+    "use_mup",
+    "enable_mhc_connections",
+    "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
 )
-"""Arguments whose models are built of other parts; they may be there, but not switched on."""
+"""Arguments whose models are built of other parts, or compute otherwise; they may be there, but not switched on."""
+ONLY = {
+    "softmax_type": ("vanilla",),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+}
+"""Arguments that change what a model of the same weights computes, and the values with which they don't."""
 POSITIONS = ("rope", "learned_absolute", "none")
 
 
@@ -78,6 +87,7 @@ def architecture_from_args(checkpoint: MegatronCheckpoint) -> Architecture:
                 f"{args.where}: {name}={args.get(name)} is not supported: give a function that builds the model in "
                 "model.provider."
             )
+    _check_values(args)
     num_layers, num_heads = args.number("num_layers"), args.number("num_attention_heads")
     hidden_size = args.number("hidden_size")
     grouped = args.get("group_query_attention", False)
@@ -121,16 +131,28 @@ class _Args:
 
 
 def _find_args(checkpoint: MegatronCheckpoint) -> _Args:
-    given, run_config = checkpoint.common.get("args"), checkpoint.folder / RUN_CONFIG
+    common, run_config = checkpoint.common, checkpoint.folder / RUN_CONFIG
+    given = common.values.get("args")
     if isinstance(given, argparse.Namespace):
-        return _Args(vars(given), f"args in {checkpoint.folder}/common.pt")
+        return _Args(vars(given), f"args in {common.where}")
     if run_config.is_file():
         return _Args(args_of_run_config(run_config), str(run_config))
     raise ModelError(
-        f"{checkpoint.folder} has no 'args' in its common.pt and no {RUN_CONFIG}, so it does not say what model it is "
+        f"{checkpoint.folder} has no {RUN_CONFIG}, and {common.where} no 'args', so it does not say what model it is "
         "of: give a Hugging Face directory of the same model in model.hf (its config.json and tokenizer are read, not "
         "its weights), or a function that builds the model in model.provider."
     )
+
+
+def _check_values(args: _Args) -> None:
+    for name, allowed in ONLY.items():
+        given = args.get(name, allowed[0])
+        others = [value for value in (given if isinstance(given, list) else [given]) if value not in allowed]
+        if others:
+            raise ModelError(
+                f"{args.where}: {name}={others[0]} is not supported; supported: {', '.join(allowed)}. Give a function "
+                "that builds the model in model.provider."
+            )
 
 
 def _passed_on(args: _Args) -> dict[str, Any]:

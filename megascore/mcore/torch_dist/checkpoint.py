@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megascore.errors import ModelError
 from megascore.mcore.architecture import Architecture
+from megascore.mcore.torch_dist.common import CommonState, read_common
 from megascore.mcore.torch_dist.index import CheckpointIndex, read_index
-from megascore.mcore.torch_dist.inert import inert_class
 from megascore.scoring.fingerprint import sampled_digest
 
 __all__ = ["EMBEDDING", "MegatronCheckpoint", "find_iteration"]
@@ -125,27 +122,13 @@ class MegatronCheckpoint:
         return replace(architecture, vocab_size=self.vocab_size)
 
     @cached_property
-    def common(self) -> Mapping[str, Any]:
-        """What Megatron keeps unsharded, such as its ``args``; objects of classes other than plain data are inert.
+    def common(self) -> CommonState:
+        """What Megatron keeps unsharded, such as its ``args``.
 
         Raises:
-            ModelError: common.pt is missing or cannot be read so.
+            ModelError: it is missing or cannot be read safely.
         """
-        path = self.folder / "common.pt"
-        if not path.is_file():
-            raise ModelError(f"{path} not found: the checkpoint is incomplete.")
-        try:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stand_ins = [(inert_class(name), name) for name in names]
-            with torch.serialization.safe_globals([(argparse.Namespace, "argparse.Namespace"), *stand_ins]):
-                common = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # Damaged files raise nearly anything.
-            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f"it names {refused[1]}, which is never run" if refused else str(error).split("\n")[0]
-            raise ModelError(f"{path} cannot be read: {what}.") from error
-        if not isinstance(common, dict):
-            raise ModelError(f"{path} holds {type(common).__name__}, expected a dict.")
-        return common
+        return read_common(self.folder, self.index)
 
     def check_files(self) -> None:
         """Check that every file with weights is there and as long as the index says.

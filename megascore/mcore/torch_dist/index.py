@@ -41,11 +41,13 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Tensors of a checkpoint and where their parts lie; what is no tensor is left out."""
+    """Tensors of a checkpoint and where their parts lie; and where the objects lie that are no tensors."""
 
     tensors: Mapping[str, TensorStorageMetadata]
     places: Mapping[MetadataIndex, _StorageInfo]
     """By name and offset of a part: file and bytes. Only of tensors."""
+    objects: Mapping[str, _StorageInfo]
+    """Files and bytes of what is no tensor, by name; each is what ``torch.save`` wrote."""
     _boxes: dict[str, tuple[Tensor, Tensor, list[StoredPart]]] = field(default_factory=dict)
 
     def boxes_of(self, name: str) -> tuple[Tensor, Tensor, list[StoredPart]]:
@@ -87,7 +89,8 @@ def read_index(path: Path) -> CheckpointIndex:
         found = [(_part(key), _place(value, path)) for key, value in places.items()]
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: an entry is not as torch.distributed.checkpoint writes it: {error!r}") from error
-    return CheckpointIndex(tensors, {part: place for part, place in found if part.fqn in tensors})
+    places = {part: place for part, place in found if part.fqn in tensors}
+    return CheckpointIndex(tensors, places, {part.fqn: place for part, place in found if part.fqn not in tensors})
 
 
 class _InertUnpickler(pickle.Unpickler):
