@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from megascore.capture import TensorStore
 from megascore.capture.block_inputs import refuse_single_tensor
-from megascore.errors import ConfigError
+from megascore.errors import ConfigError, ModelError
 from megascore.parallel.comm import agree
 from megascore.scoring.blockwise import BlockwiseOptions, score_blocks
 from megascore.scoring.empty_model import empty_model
@@ -23,6 +24,9 @@ from megascore.scoring.run import ScoringRun
 from megascore.scoring.score_file import Scores
 
 __all__ = ["attach", "score_blockwise"]
+
+COUNTED = {"num_tokens", "num_samples", "num_steps", "sites", "scores", "layout", "schema_version", "unseen"}
+"""Entries of a score file's metadata that a run finds out."""
 
 
 def attach(
@@ -55,7 +59,10 @@ def attach(
     if recipe is not None and scores is not None:
         raise ConfigError(f"attach was given recipe={recipe!r} and scores: give one of them.")
     requests = resolve_scores(scores if scores is not None else recipe or "minitron")
-    return ScoringRun(agree("looking at the model", lambda: _view_of(model)), requests, metadata)
+    agree("looking at the metadata", lambda: _check_metadata(metadata))
+    view = agree("looking at the model", lambda: _view_of(model))
+    agree("looking at the weights", lambda: _check_weights(view))
+    return ScoringRun(view, requests, metadata)
 
 
 def score_blockwise(
@@ -117,12 +124,19 @@ def score_blockwise(
     if not isinstance(view, PlainModelView):
         raise ConfigError("score_blockwise takes plain PyTorch models; use attach for a Megatron-Core model.")
     masks = None if token_masks is None else list(token_masks)
+    agree("looking at the metadata", lambda: _check_metadata(metadata))
     options = BlockwiseOptions(cache_block_outputs, device, store, weights, masks, dict(metadata or {}))
     return score_blocks(view, view.blocks if blocks is None else blocks, list(batches), requests, options)
 
 
 def _view_of(model: nn.Module | Sequence[nn.Module]) -> ModelView:
-    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    wanted: Any = model
+    given = list(wanted) if isinstance(wanted, Sequence) and not isinstance(wanted, str) else [wanted]
+    if not given or not all(isinstance(module, nn.Module) for module in given):
+        raise ConfigError(
+            f"the model is {model!r}: expected a torch.nn.Module, or the list of the virtual-pipeline chunks of one."
+        )
+    chunks: list[nn.Module] = given
     if _is_megatron(chunks):
         from megascore.mcore.view import MegatronModelView
 
@@ -130,6 +144,30 @@ def _view_of(model: nn.Module | Sequence[nn.Module]) -> ModelView:
     if len(chunks) != 1:
         raise ConfigError(f"attach was given {len(chunks)} modules that are not Megatron-Core's: give one model.")
     return PlainModelView(chunks[0])
+
+
+def _check_weights(view: ModelView) -> None:
+    """Refuse a model that can't run as it is."""
+    for place in view.places:
+        if any(parameter.is_meta for parameter in place.module.parameters()):
+            raise ModelError(
+                f"{place.local_name} has no weights in memory (they are on the meta device: not loaded yet, or taken "
+                "away by a device map): load the whole model before attach(), or use megascore.score_blockwise, which "
+                "keeps one block in memory."
+            )
+
+
+def _check_metadata(metadata: Mapping[str, Any] | None) -> None:
+    """Refuse entries that would stand in a score file where what the run has counted belongs, or can't be written."""
+    taken = sorted(COUNTED & set(metadata or {}))
+    if taken:
+        raise ConfigError(
+            f"metadata has {', '.join(taken)}, which the run writes itself: give your entries other names."
+        )
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the metadata can't be written as JSON: {error}.") from error
 
 
 def _is_megatron(chunks: Sequence[nn.Module]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -10,10 +11,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["cpu_matmul_precision", "exact", "unrounded"]
+__all__ = ["cpu_matmul_precision", "exact", "is_recomputation", "never_compiled", "unrounded"]
 
 Hook = TypeVar("Hook")
 Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
 
 _cpu_settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
 """Where PyTorch keeps the process's choices for matrix products on a CPU; None before it had such."""
@@ -22,17 +24,55 @@ _cpu_settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
 def exact(
     observe: Callable[Concatenate[Hook, Tensor, Rest], None],
 ) -> Callable[Concatenate[Hook, Tensor, Rest], None]:
-    """Run ``observe(self, inputs, ...)`` without gradients, and with arithmetic that is `unrounded`."""
+    """Run ``observe(self, inputs, ...)`` without gradients, and with arithmetic that is `unrounded`.
 
+    It is never compiled, and what a backward pass computes again has no part in it.
+    """
+
+    @never_compiled
     @wraps(observe)
     def run(self: Hook, inputs: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> None:
-        if not torch.is_grad_enabled() and _is_unrounded(inputs.device):
+        if is_recomputation():
+            return
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and _is_unrounded(inputs.device):
             observe(self, inputs, *args, **kwargs)
             return
-        with torch.no_grad(), unrounded(inputs.device):
+        # What is made in inference mode, and kept, could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad(), unrounded(inputs.device):
             observe(self, inputs, *args, **kwargs)
 
     return run
+
+
+def never_compiled(function: Callable[Rest, Result]) -> Callable[Rest, Result]:
+    """Keep ``function`` out of what ``torch.compile`` makes of a model that calls it.
+
+    Compiled hooks gave other numbers: their temporaries share memory, of which the compiler knows nothing.
+    """
+    if "torch._dynamo" in sys.modules:
+        return _disabled(function)
+    outside: list[Callable[Rest, Result]] = []
+
+    @wraps(function)
+    def run(*args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        # Without it nothing has been compiled, and importing it takes longer than importing PyTorch.
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not outside:
+            outside.append(_disabled(function))
+        return outside[0](*args, **kwargs)
+
+    return run
+
+
+def _disabled(function: Callable[Rest, Result]) -> Callable[Rest, Result]:
+    disabled: Callable[Rest, Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def is_recomputation() -> bool:
+    """Tell whether a backward pass runs: a forward pass in it is one that activation checkpointing does again."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @contextmanager

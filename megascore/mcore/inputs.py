@@ -127,8 +127,7 @@ def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[Score
     own = agree("reading the data", read)
     weights_fingerprint = broadcast_object(own[1] if own else "")
     samples = share_samples(own[0] if own else None, _share(config))
-    total = num_steps(samples.num_samples, config.run.global_batch_size)
-    total = total if config.run.steps is None else min(total, config.run.steps)
+    total = num_steps(samples.num_samples, config.run.global_batch_size, config.run.steps)
     identity = identity_of(
         model={"weights_fingerprint": weights_fingerprint, "dtype": config.model.dtype, **source.identity()},
         data={
@@ -184,6 +183,7 @@ def _read_samples(config: JobConfig, source: ModelSource) -> Samples:
     samples = load_samples(config.data, source.tokenizer, config.run.seed)
     data_size = parallel_state.get_data_parallel_world_size()
     check_enough_samples(len(samples.tokens), data_size)
+    num_steps(len(samples.tokens), config.run.global_batch_size, config.run.steps)
     if exchanges_tokens(config.parallel):
         check_equal_shares(len(samples.tokens), config.run.global_batch_size, data_size)
     largest = int(samples.tokens.max())

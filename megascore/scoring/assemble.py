@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megascore.errors import LayoutError
 from megascore.hooks.statistics import State
-from megascore.scoring.recipes import ScoreRequest
+from megascore.scoring.recipes import ROUTED_TARGETS, ScoreRequest
 from megascore.scoring.score_file import Scores, Unseen, split_key
 
 __all__ = ["FEW_TOKENS", "assemble_scores", "layer_of"]
@@ -21,8 +21,6 @@ MODEL_SITE = "decoder"
 FEW_TOKENS = 100
 """Experts that fewer routed tokens reached are marked: the mean of 100 numbers that scatter by half their size is known
 to 5 %, and that of fewer is known worse."""
-ROUTED_TARGETS = ("experts", "expert_ffn")
-"""Targets whose sites see the tokens that a router sends them, each once for every expert it goes to."""
 
 
 def assemble_scores(

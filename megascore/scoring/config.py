@@ -23,6 +23,14 @@ __all__ = ["DataConfig", "JobConfig", "ModelConfig", "ParallelConfig", "RunConfi
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 RESUME = ("auto", "never")
+MINUTES_OF_A_YEAR = 525_600
+SECTIONS = {
+    "model": "model.hf=FOLDER",
+    "data": "data.text=FILE",
+    "parallel": "parallel.tensor=2",
+    "run": "run.output=FILE",
+}
+"""Sections of a config, with an example of each."""
 DATA_SOURCES = ("text", "jsonl", "dataset", "megatron", "tokens")
 
 
@@ -193,7 +201,13 @@ class RunConfig:
         _require_one_of("run.resume", self.resume, RESUME)
         if self.checkpoint_interval is not None:
             _require_at_least("run.checkpoint_interval", self.checkpoint_interval, 1)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"run.seed is {self.seed}: expected a whole number from 0 to 2**63 - 1.")
         _require_positive("run.timeout_minutes", self.timeout_minutes)
+        if self.timeout_minutes > MINUTES_OF_A_YEAR:
+            raise ConfigError(
+                f"run.timeout_minutes is {self.timeout_minutes}: expected {MINUTES_OF_A_YEAR} at most, which is a year."
+            )
         self._check_spool()
         if self.checkpoint_seconds is not None:
             _require_positive("run.checkpoint_seconds", self.checkpoint_seconds)
@@ -250,15 +264,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
             raise ConfigError(
                 f"config file {source} holds {type(given).__name__}, expected sections such as 'model:' and 'run:'."
             )
-        merged = OmegaConf.merge(OmegaConf.structured(JobConfig), given, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(merged)
+        layers = [given, *(OmegaConf.from_dotlist([override]) for override in overrides)]
+        for layer in layers:
+            _check_sections(layer)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), *layers))
     except OmegaConfBaseException as error:
-        what = str(error).splitlines()[0]
+        what = (
+            str(error)
+            .splitlines()[0]
+            .replace("AnyNode is not a ListConfig, TupleConfig, list, or tuple", "expected a list")
+        )
         raise ConfigError(f"config {source}{_overrides_text(overrides)}: {error.full_key or 'it'}: {what}") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {source}{_overrides_text(overrides)} is not YAML: {error}") from error
     assert isinstance(config, JobConfig)
     return config
+
+
+def _check_sections(layer: DictConfig) -> None:
+    """Refuse a value where keys are expected, and leave out sections in which everything is commented out."""
+    for name in SECTIONS:
+        if name not in layer:
+            continue
+        section = layer._get_node(name)
+        if OmegaConf.is_missing(layer, name) or section is None or layer[name] is None:
+            del layer[name]
+        elif not isinstance(layer[name], DictConfig):
+            raise ConfigError(
+                f"{name} is {layer[name]!r}, but it is a section: give its keys, such as {SECTIONS[name]}."
+            )
 
 
 def _overrides_text(overrides: Sequence[str]) -> str:

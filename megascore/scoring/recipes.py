@@ -9,7 +9,7 @@ from typing import Any
 
 from megascore.errors import ConfigError
 
-__all__ = ["METHODS_OF_TARGET", "RECIPES", "ScoreRequest", "check_iterations", "resolve_scores"]
+__all__ = ["METHODS_OF_TARGET", "RECIPES", "ROUTED_TARGETS", "ScoreRequest", "check_iterations", "resolve_scores"]
 
 METHODS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "ffn": ("l2_norm", "independent_contribution", "iterative_contribution"),
@@ -22,6 +22,9 @@ METHODS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "shared_expert_ffn": ("l2_norm", "independent_contribution", "iterative_contribution"),
 }
 """Every target, with the methods that can rank it; the first is the default."""
+
+ROUTED_TARGETS = ("experts", "expert_ffn")
+"""Targets whose sites see the tokens that a router sends them, each once for every expert it goes to."""
 
 OPTIONS_OF_METHOD: dict[str, tuple[str, ...]] = {"iterative_contribution": ("iterations", "calibration_method")}
 """Further keys of an entry of ``scores``, by method."""
@@ -67,7 +70,7 @@ class ScoreRequest:
         """
         options = dict(self.options)
         iterations, calibration = options.get("iterations"), options.get("calibration_method")
-        if not isinstance(iterations, int) or iterations < 1:
+        if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
             raise ConfigError(
                 f"method 'iterative_contribution' has iterations={iterations!r}: expected the number of pruning "
                 "iterations, which is the number of steps of the run."
@@ -101,6 +104,11 @@ def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> 
     if isinstance(scores, str):
         _check_known("recipe", scores, RECIPES)
         return RECIPES[scores]
+    if isinstance(scores, Mapping) or not isinstance(scores, Iterable):
+        raise ConfigError(
+            f"scores is {scores!r}: expected the name of a recipe ({', '.join(RECIPES)}), or a list of entries such as "
+            "{target: ffn}."
+        )
     requests = tuple(_resolve_entry(entry, position) for position, entry in enumerate(scores))
     if not requests:
         raise ConfigError(

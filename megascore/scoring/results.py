@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from megascore.errors import HookStateError
 from megascore.scoring.places import ModelView
+from megascore.scoring.recipes import ROUTED_TARGETS
+from megascore.scoring.score_file import split_key
 
 __all__ = ["Results", "run_metadata"]
 
@@ -35,7 +38,26 @@ class Results:
             HookStateError: no tokens have been seen.
         """
         if not any(int(state["num_tokens"]) for state in self.states.values()):
-            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
+            raise HookStateError(
+                "no activations collected: run forward passes between attach() and finish(). (A function that "
+                "torch.compile compiled before attach() calls no hooks: call torch.compiler.reset() after attach().)"
+            )
+
+    def warn_of_uneven_data(self) -> None:
+        """Warn where places that see every token have seen different numbers of them."""
+        counts = {
+            key: int(state["num_tokens"])
+            for key, state in self.states.items()
+            if split_key(key).target not in ROUTED_TARGETS
+        }
+        most, least = max(counts, key=counts.__getitem__, default=""), min(counts, key=counts.__getitem__, default="")
+        if counts and 0 < counts[least] < counts[most]:
+            warnings.warn(
+                f"{split_key(most).site} has seen {counts[most]} tokens, {split_key(least).site} {counts[least]}: a "
+                "forward pass has ended early (was its error caught?), or a module runs more than once in each. Scores "
+                "of places that saw other tokens do not compare.",
+                stacklevel=3,
+            )
 
 
 def run_metadata(view: ModelView, num_steps: int, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megascore.closing import Closing
-from megascore.errors import CheckpointError, DataError
+from megascore.errors import CheckpointError, DataError, HookStateError
+from megascore.hooks.exact import is_recomputation, never_compiled
 from megascore.hooks.statistics import State
-from megascore.parallel.comm import agree, collective_device, sum_in_place
+from megascore.parallel.comm import agree, collective_device, sum_in_place, world_rank
 from megascore.parallel.merge import Part, Plan, merge_over_world
 from megascore.parallel.placed_hook import PlacedHook
 from megascore.scoring.assemble import assemble_scores
+from megascore.scoring.evaluation import Evaluation
 from megascore.scoring.places import ModelView
 from megascore.scoring.recipes import ScoreRequest
 from megascore.scoring.results import Results, run_metadata
@@ -62,30 +65,41 @@ class ScoringRun(Closing):
         # What a rank alone can find wrong is told first, for some hooks gather their weights when they are built.
         agree("looking for the modules to score", lambda: check_places(view, requests))
         self.requests = present_requests(view, requests)
-        self.sites = agree("building the hooks", lambda: build_sites(view, requests))
+        # What is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.sites = agree("building the hooks", lambda: build_sites(view, requests))
         self.num_steps = 0
         self._metadata = dict(metadata or {})
         self._plan = plan_of_states(self.sites)
         self._score_plan = plan_of_scores(self.sites)
         self._token_mask: Tensor | None = None
-        self._modes = [(module, module.training) for chunk in view.modules for module in chunk.modules()]
+        self._evaluation = Evaluation(view.modules)
+        self._is_open = True
+        self._warned_of_training = False
         self._handles: list[RemovableHandle] = []
-        for chunk in view.modules:
-            chunk.eval()
         for site in self.sites:
             self._handles.append(site.place.module.register_forward_hook(self._forward_hook(site), with_kwargs=True))
         for follower in dict.fromkeys(site.place.mask_follower for site in self.sites):
             if follower is not None:
                 self._handles.append(follower.follow(lambda: self._token_mask))
 
+    def __enter__(self) -> ScoringRun:
+        """Return the run itself; the hooks are on already.
+
+        Raises:
+            HookStateError: the run has been closed.
+        """
+        if not self._is_open:
+            raise HookStateError("this run is closed, its hooks are off: attach to the model again for another one.")
+        return super().__enter__()
+
     def close(self) -> None:
         """Take the hooks off and restore the model's mode; the statistics stay. Not collective; can be repeated."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module, training in self._modes:
-            module.training = training
-        self._modes.clear()
+        self._evaluation.release()
+        self._is_open = False
 
     @property
     def declared(self) -> tuple[Plan, Plan]:
@@ -111,6 +125,8 @@ class ScoringRun(Closing):
         if mask is None:
             self._token_mask = None
             return
+        if not isinstance(mask, Tensor):
+            raise DataError(f"the token mask is a {type(mask).__name__}: expected a tensor, bool [samples, sequence].")
         if mask.dim() != 2 or mask.is_floating_point() or mask.is_complex():
             raise DataError(
                 f"the token mask is {mask.dtype} {list(mask.shape)}: expected bool (or 0 and 1) [samples, sequence], "
@@ -187,6 +203,8 @@ class ScoringRun(Closing):
         """
         results = self.results()
         results.require_data()
+        if world_rank() == 0:
+            results.warn_of_uneven_data()
         own = run_metadata(self.view, self.num_steps, self._metadata)
         return assemble_scores(self.requests, results.states, results.scores, {**own, **(metadata or {})})
 
@@ -233,7 +251,13 @@ class ScoringRun(Closing):
     def _forward_hook(self, site: Site) -> Any:
         """Return what PyTorch calls after the module: reads its tensors and hands them to the site's hook."""
 
-        def observe(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        @never_compiled
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            # A function that was compiled with this hook calls it also when it is gone.
+            if is_recomputation() or not self._is_open:
+                return
+            if module.training:
+                self._warn_of_training()
             with torch.no_grad():
                 inputs, first_output = site.place.read(args, kwargs, output)
                 mask = self._token_mask
@@ -241,3 +265,12 @@ class ScoringRun(Closing):
                 site.hook.observe(inputs, first_output, local_mask)
 
         return observe
+
+    def _warn_of_training(self) -> None:
+        if not self._warned_of_training:
+            self._warned_of_training = True
+            warnings.warn(
+                "the model was put in training mode while megascore scores it: dropout, where there is some, is "
+                "measured too. Leave out model.train() in the loop; attach() has called model.eval().",
+                stacklevel=2,
+            )

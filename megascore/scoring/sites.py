@@ -80,10 +80,23 @@ def check_places(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
 
     Raises:
         LayoutError: a place leaves out a parallel axis, or its channels do not divide into heads.
+        ModelError: two places are one module.
     """
+    _refuse_shared_modules(view)
     for request, place in _wanted(view, requests):
         check_covers_world(place, world_size())
         _unit_size(view, request, place)
+
+
+def _refuse_shared_modules(view: ModelView) -> None:
+    names: dict[tuple[PlaceKind, int], str] = {}
+    for place in view.places:
+        first = names.setdefault((place.kind, id(place.module)), place.name)
+        if first != place.name:
+            raise ModelError(
+                f"{first} and {place.name} are one module: what runs through the one cannot be told from the other. "
+                "Give each its own copy (copy.deepcopy) while the model is scored."
+            )
 
 
 def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site, ...]:

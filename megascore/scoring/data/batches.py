@@ -7,9 +7,19 @@ from megascore.errors import DataError
 __all__ = ["check_enough_samples", "check_equal_shares", "micro_batches_of_step", "num_steps"]
 
 
-def num_steps(num_samples: int, global_batch_size: int) -> int:
-    """Return how many steps go over all samples once; the last one may be smaller."""
-    return -(-num_samples // global_batch_size)
+def num_steps(num_samples: int, global_batch_size: int, wanted: int | None = None) -> int:
+    """Return how many steps go over all samples once, the last one maybe smaller; or ``wanted``, where that is given.
+
+    Raises:
+        DataError: there are fewer than are wanted.
+    """
+    available = -(-num_samples // global_batch_size)
+    if wanted is not None and wanted > available:
+        raise DataError(
+            f"run.steps is {wanted}, but there are {num_samples} samples, which is {available} steps of "
+            f"{global_batch_size}: give more data or samples, or leave out run.steps to use all there are."
+        )
+    return available if wanted is None else wanted
 
 
 def micro_batches_of_step(
