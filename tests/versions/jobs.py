@@ -62,14 +62,13 @@ class VersionJob:
 
 
 JOBS = {
-    "stopped at TP=2 SP, gone on at PP=2 with 2 chunks": VersionJob("qwen3", CHUNKS, stopped_on=TP),
+    "own torch_dist, stopped at TP=2 SP, gone on at PP=2 with 2 chunks": VersionJob(
+        "qwen3", CHUNKS, saved_by=OWN, stopped_on=TP
+    ),
     "one layer at a time, PP=2": VersionJob("qwen3", (BLOCKWISE, *PP)),
-    "own torch_dist, PP=2": VersionJob("qwen3", PP, saved_by=OWN),
     "other torch_dist, one layer at a time, TP=2 SP": VersionJob("qwen3", (BLOCKWISE, *TP), saved_by=INSTALLED),
     "experts, TP=2 SP, EP=2": VersionJob("qwen3_moe", (*TP, "parallel.expert=2")),
-    "experts, own torch_dist, stopped at PP=2, gone on at TP=2 SP, ETP=2": VersionJob(
-        "qwen3_moe", (*TP, "parallel.expert_tensor=2"), saved_by=OWN, stopped_on=PP
-    ),
+    "experts, own torch_dist, TP=2 SP, ETP=2": VersionJob("qwen3_moe", (*TP, "parallel.expert_tensor=2"), saved_by=OWN),
     "experts, other torch_dist, one layer at a time, EP=2": VersionJob(
         "qwen3_moe", (BLOCKWISE, "parallel.expert=2"), saved_by=INSTALLED
     ),
