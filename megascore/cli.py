@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Under torchrun: torchrun --nproc-per-node 2 -m megascore score CONFIG parallel.tensor=2",
     )
     score.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
-    score.add_argument("overrides", metavar="key=value", nargs="*", help="override config values, such as run.steps=0")
+    score.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="override config values, such as run.steps=0"
+    )
     score.set_defaults(command=_score)
     show = commands.add_parser("show", help="show a score file as tables", description="Show a score file as tables.")
     show.add_argument("scores", metavar="SCORES", type=Path, help="score file")

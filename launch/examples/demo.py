@@ -1,7 +1,7 @@
 """What the examples score: a Hugging Face checkpoint in Megatron-Core, and made-up text. Yours come from your program.
 
 Every example runs as ``torchrun --nproc-per-node 2 launch/examples/NAME.py CHECKPOINT OUTPUT``, on GPUs or CPUs, with
-any checkpoint directory that `megascore score` takes.
+any checkpoint directory that `megascore score` takes (`megatron_loop.py` splits its KV heads over the two ranks).
 """
 
 from __future__ import annotations

@@ -152,7 +152,12 @@ def layers_of_chunks(num_layers: int, parallel: ParallelConfig) -> list[list[int
     given = parallel.pipeline_layers
     if given is None:
         if num_layers % (stages * chunks):
-            would_do = ", ".join(str(degree) for degree in _divisors(num_layers) if num_layers % (degree * chunks) == 0)
+            would_do = ", ".join(
+                str(degree)
+                for degree in _divisors(num_layers)
+                # More than one chunk takes more than one stage.
+                if num_layers % (degree * chunks) == 0 and (degree > 1 or chunks == 1)
+            )
             raise LayoutError(
                 f"the model's {num_layers} layers do not split evenly over parallel.pipeline={stages} x "
                 f"parallel.virtual_pipeline={chunks}; pipeline sizes that would do: {would_do or 'none'}; "
