@@ -11,7 +11,7 @@ from torch import nn
 
 from megascore.capture.caches import without_caches
 
-__all__ = ["measuring", "without_compiling"]
+__all__ = ["is_compiled", "measuring", "without_compiling"]
 
 
 @contextmanager
@@ -25,6 +25,14 @@ def measuring(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether a model, or a module in it, was compiled: by `torch.compile`, or in place by `nn.Module.compile`."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 def without_compiling() -> AbstractContextManager[object]:

@@ -22,14 +22,18 @@ _cpu_settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
 def exact(
     observe: Callable[Concatenate[Hook, Tensor, Rest], None],
 ) -> Callable[Concatenate[Hook, Tensor, Rest], None]:
-    """Run ``observe(self, inputs, ...)`` without gradients, and with arithmetic that is `unrounded`."""
+    """Run ``observe(self, inputs, ...)`` without gradients, and with arithmetic that is `unrounded`.
+
+    And outside of inference mode: what a tensor made there holds could not be added to in a later step.
+    """
 
     @wraps(observe)
     def run(self: Hook, inputs: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> None:
-        if not torch.is_grad_enabled() and _is_unrounded(inputs.device):
+        plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if plain and _is_unrounded(inputs.device):
             observe(self, inputs, *args, **kwargs)
             return
-        with torch.no_grad(), unrounded(inputs.device):
+        with torch.inference_mode(False), torch.no_grad(), unrounded(inputs.device):
             observe(self, inputs, *args, **kwargs)
 
     return run

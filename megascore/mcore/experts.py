@@ -25,6 +25,20 @@ from megascore.scoring.places import LocalMask, Place, PlaceKind, Reader, first_
 
 __all__ = ["ExpertPlace", "build_expert_hook", "expert_facts", "expert_layout", "expert_places"]
 
+PADDING = (
+    "moe_pad_expert_input_to_capacity",
+    "moe_router_padding_for_quantization",
+    "moe_expert_rank_capacity_factor",
+    "moe_use_grouped_tensor",
+    "use_transformer_engine_op_fuser",
+    "fp8",
+    "fp4",
+)
+"""Settings of a TransformerConfig, of some version, that give experts more rows than there are tokens.
+
+The fused operations of Transformer Engine also leave out the modules at which channels are scored.
+"""
+
 
 @dataclass(frozen=True)
 class ExpertPlace(Place):
@@ -93,12 +107,11 @@ def build_expert_hook(place: ExpertPlace, config: TransformerConfig) -> PlacedHo
     Raises:
         ModelError: the model gives experts tokens that are none, so that they cannot be counted.
     """
-    padding = ("moe_pad_expert_input_to_capacity", "moe_router_padding_for_quantization", "fp8", "fp4")
-    padded = [name for name in padding if getattr(config, name, None)]
+    padded = [name for name in PADDING if getattr(config, name, None)]
     if padded:
         raise ModelError(
             f"{place.name}: with {', '.join(padded)} set, experts are given padding that cannot be told from tokens. "
-            "Set it to False (None for fp8 and fp4) in the TransformerConfig to score experts."
+            "Set it to False (None where it is a number or a name) in the TransformerConfig to score experts."
         )
     routed = place.kind is PlaceKind.ROUTED_EXPERTS
     hook: PlacedHook = MegatronRouterWeightedNormHook() if routed else MegatronRoutedL2NormHook()
@@ -170,7 +183,14 @@ def _read_all_experts(first: int, num_local: int) -> Reader:
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
         outputs = first_tensor(output)
         # The counts are on the CPU; this way neither they nor the number of tokens make the host wait.
-        counts = torch.as_tensor(_argument(args, kwargs, 1, "tokens_per_expert")).to(outputs.device, non_blocking=True)
+        counts = torch.as_tensor(_argument(args, kwargs, 1, "tokens_per_expert"))
+        if counts.device.type == "cpu" and int(counts.sum()) != len(outputs):
+            raise ModelError(
+                f"experts {first} to {first + num_local - 1} return {len(outputs)} rows for {int(counts.sum())} "
+                "tokens: they are given padding that cannot be told from tokens. Set what pads them in the "
+                "TransformerConfig to False, or leave experts out of the scores."
+            )
+        counts = counts.to(outputs.device, non_blocking=True)
         numbers = torch.arange(first, first + num_local, device=outputs.device)
         return torch.repeat_interleave(numbers, counts, output_size=len(outputs)), outputs
 

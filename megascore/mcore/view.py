@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megascore.errors import ModelError
 from megascore.hooks import ForwardHook
+from megascore.mcore.compat import replays_graphs
 from megascore.mcore.experts import ExpertPlace, build_expert_hook, expert_facts, expert_layout, expert_places
 from megascore.mcore.fused_norm import fused_norm_output, has_fused_norm
 from megascore.mcore.groups import DenseGroups
@@ -116,6 +117,11 @@ class MegatronModelView:
         return bool(self._config.sequence_parallel) and self._groups.axis("tp").size > 1
 
     def _find_places(self) -> Iterator[Place]:
+        if replays_graphs(self._config):
+            raise ModelError(
+                "this process has captured CUDA graphs of the model's layers (cuda_graph_impl='local'), and hooks in "
+                "them are not called: score in a process that has captured none, or with cuda_graph_impl='none'."
+            )
         for chunk_name, block_name, block in self._blocks:
             prefix = f"{chunk_name}{block_name}."
             for position, layer in enumerate(block.layers):
@@ -131,6 +137,11 @@ class MegatronModelView:
         if hasattr(layer.self_attention, "linear_proj"):
             yield self._linear(PlaceKind.ATTENTION_PROJECTION, name, layer, path, "self_attention.linear_proj")
             yield self._kv_heads(name, layer.self_attention.linear_proj, f"{path}.self_attention.linear_proj")
+        if hasattr(layer.mlp, "_fused_impl"):
+            raise ModelError(
+                f"{name}.mlp is a {type(layer.mlp).__name__}: Transformer Engine runs it as one fused operation, "
+                "in which there is nothing to score. Build the model with use_transformer_engine_op_fuser=False."
+            )
         if isinstance(layer.mlp, MLP):
             yield self._linear(PlaceKind.FFN_PROJECTION, name, layer, path, "mlp.linear_fc2")
         if isinstance(layer.mlp, MoELayer):

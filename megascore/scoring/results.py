@@ -35,7 +35,10 @@ class Results:
             HookStateError: no tokens have been seen.
         """
         if not any(int(state["num_tokens"]) for state in self.states.values()):
-            raise HookStateError("no activations collected: run forward passes between attach() and finish().")
+            raise HookStateError(
+                "no activations collected: run forward passes between attach() and finish(). Of a model that "
+                "torch.compile made, attach to that, not to the one it was made of."
+            )
 
 
 def run_metadata(view: ModelView, num_steps: int, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from megascore.capture.surroundings import is_compiled, without_compiling
 from megascore.errors import CheckpointError, DataError
 from megascore.hooks.statistics import State
 from megascore.parallel.comm import agree, collective_device, sum_in_place
@@ -40,8 +41,9 @@ class ScoringRun:
     Building one is collective over the world: all ranks do it together, and so are `step` and `finish`. Forward
     passes in between communicate nothing on behalf of the scores. Where batches are padded, set the `token_mask`.
 
-    The model is in evaluation mode meanwhile (dropout would be measured otherwise); leaving the ``with`` block, or
-    `close`, takes the hooks off and restores the mode.
+    The model is in evaluation mode meanwhile (dropout would be measured otherwise), and one that `torch.compile` made
+    runs uncompiled, as compiled code calls no hooks that came later; leaving the ``with`` block, or `close`, takes the
+    hooks off and restores the mode.
     """
 
     def __init__(
@@ -70,6 +72,9 @@ class ScoringRun:
         self._token_mask: Tensor | None = None
         self._modes = [(module, module.training) for chunk in view.modules for module in chunk.modules()]
         self._handles: list[RemovableHandle] = []
+        self._eagerly = ExitStack()
+        if any(map(is_compiled, view.modules)):
+            self._eagerly.enter_context(without_compiling())
         for chunk in view.modules:
             chunk.eval()
         for site in self.sites:
@@ -93,6 +98,7 @@ class ScoringRun:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._eagerly.close()
         for module, training in self._modes:
             module.training = training
         self._modes.clear()
