@@ -25,6 +25,7 @@ _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # What gloo, NCCL and the store say, in plain RuntimeErrors, when another rank is gone.
 _LOST_CONTACT_TEXTS = (
     "broken pipe",
+    "communicator was aborted",
     "connection closed by peer",
     "connection refused",
     "connection reset by peer",

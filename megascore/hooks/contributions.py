@@ -79,7 +79,8 @@ class Contributions:
         num_outputs, itemsize = y.shape[-1], multiply.dtype.itemsize
         # The step must be the same on all ranks that share the tokens: their shards are of one size.
         bytes_each = max(5 * num_outputs, 2 * x.shape[-1]) * itemsize
-        step = max(1, min(TOKENS_AT_ONCE, CHUNK_BYTES // bytes_each, len(x)))
+        at_once = kernels.bound(CHUNK_BYTES, x.device) // bytes_each
+        step = max(1, min(kernels.bound(TOKENS_AT_ONCE, x.device), at_once, len(x)))
         columns = _Columns(self.weight, order, multiply.best_dtypes[1], step, workspace)
         multiply_error = Product(multiply.dtype, self.weight.dtype, x.device)
         square_norms = norms[self.kept].square_()
@@ -133,12 +134,13 @@ class _Columns:
         """Keep columns in ``dtype``, for products with ``num_tokens`` tokens."""
         self._order, self._weight = order, weight
         # In float32: a product in two parts, its sum and the inputs; and the block itself, and a library's copy of it.
-        at_once = BLOCK_BYTES // (16 * num_tokens)
+        block_bytes = kernels.bound(BLOCK_BYTES, weight.device)
+        at_once = block_bytes // (16 * num_tokens)
         self._gathered: Tensor | None = None
-        if weight.numel() * 4 <= BLOCK_BYTES:
+        if weight.numel() * 4 <= block_bytes:
             self._gathered = kernels.take_columns(weight, order, workspace.empty((len(weight), len(order)), dtype))
         else:
-            at_once = min(at_once, BLOCK_BYTES // (8 * len(weight)))
+            at_once = min(at_once, block_bytes // (8 * len(weight)))
             self._memory = workspace.empty((max(1, at_once) * len(weight),), dtype)
         self.num_at_once = max(1, at_once)
         """Columns of a block, at most."""

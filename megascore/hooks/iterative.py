@@ -136,8 +136,9 @@ class IterativeChannelContributionHook(WeightHook):
     def pending(self) -> list[Tensor]:
         """Return what waits: contributions added over tokens [C], and the number of tokens []; float64."""
         if self._sums is None:
-            zeros = torch.zeros_like(self._state["agg_contribution"])
-            self._sums = [zeros, zeros.new_zeros(())]
+            with torch.inference_mode(False):
+                zeros = torch.zeros_like(self._state["agg_contribution"])
+                self._sums = [zeros, zeros.new_zeros(())]
         return self._sums
 
     def pending_numbers(self, num_samples: int) -> int:

@@ -30,6 +30,7 @@ __all__ = [
     "abs_sum",
     "abs_sum_of_samples",
     "accumulation_dtype",
+    "bound",
     "chunks",
     "column_norms",
     "num_tokens",
@@ -43,6 +44,9 @@ CPU_SCRATCH_BYTES = 3 << 18
 """Scratch of a reduction on a CPU, for each thread: it must stay in the L2 cache, of which cores have 1 to 2 MB."""
 SCRATCH_BYTES = 1 << 25
 """Scratch elsewhere: large enough that kernels are launched rarely."""
+ELSEWHERE_FACTOR = 8
+"""How much larger bounds are elsewhere than on a CPU, where they keep temporaries in a cache: thousands of launches of
+small kernels would take longer than the model's own layer."""
 MIN_ROWS_AT_ONCE = 16
 """Rows that the scratch should hold where there is a choice: fewer cost more in calls than they save."""
 INDEX_BYTES = 1 << 21
@@ -52,6 +56,11 @@ INDEX_BYTES = 1 << 21
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which activations of ``dtype`` are added up in a chunk: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bound(amount: int, device: torch.device) -> int:
+    """Return what ``amount`` of memory or rows at a time on a CPU becomes on ``device``."""
+    return amount if device.type == "cpu" else amount * ELSEWHERE_FACTOR
 
 
 def rows_at_once(bytes_each: int, device: torch.device) -> int:

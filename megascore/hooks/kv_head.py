@@ -107,7 +107,7 @@ class IndependentKvHeadContributionHook(WeightHook):
     def _observe_tokens(self, x: Tensor, mask: Tensor | None) -> None:
         dtype = kernels.accumulation_dtype(x.dtype)
         # The slice, both halves of its product, and room for a library's own copies.
-        step = max(1, CHUNK_BYTES // (6 * self._group_width * dtype.itemsize))
+        step = max(1, kernels.bound(CHUNK_BYTES, x.device) // (6 * self._group_width * dtype.itemsize))
         for start in range(0, len(x), step):
             tokens = x[start : start + step].view(-1, len(self._weight_norm), self._group_width)
             norms = torch.stack([self._norms(tokens[:, head], head) for head in range(tokens.shape[1])], dim=-1)

@@ -34,7 +34,7 @@ class Product:
         is_fast = torch.bfloat16 in dtypes and dtypes <= {torch.bfloat16, torch.float32} and _is_fast(device)
         self._splits_x = is_fast and x_dtype == torch.float32
         self._splits_weight = is_fast and weight_dtype == torch.float32
-        self._on_gpu_tensor_cores = is_fast and device.type == "cuda"
+        self._on_gpu_tensor_cores = is_fast and device.type != "cpu"
         self._on_cpu_tiles = is_fast and device.type == "cpu"
         self.best_dtypes = (x_dtype, weight_dtype) if self._on_gpu_tensor_cores else (self.dtype, self.dtype)
         """Types in which factors are best kept, if they are used more than once: others are converted each time."""

@@ -127,5 +127,10 @@ def _world_size() -> int:
 
 
 def _barrier() -> None:
-    if _is_distributed():
+    if not _is_distributed():
+        return
+    if "nccl" in str(dist.get_backend()):
+        # NCCL would take the device of this rank's number, which several ranks may then share, or none have.
+        dist.barrier(device_ids=[torch.cuda.current_device()])
+    else:
         dist.barrier()

@@ -44,7 +44,9 @@ class Statistic:
 
     def zeros(self, device: torch.device | str) -> Tensor:
         """Return the statistic of no data: zeros of its shape and dtype on ``device``."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=device)
+        # One made in inference mode could not be added to outside of it.
+        with torch.inference_mode(False):
+            return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
 def differences(declared: Iterable[Statistic], saved: State) -> list[str]:

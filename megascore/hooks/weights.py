@@ -84,10 +84,14 @@ def weight_matrix(layer: nn.Module, hook_name: str, *, may_be_shard: bool = Fals
 def whole_weight(weight: Tensor) -> Tensor:
     """Return a weight that is sharded between forward passes (FSDP, a DTensor) as one tensor, others as they are.
 
-    Collective over the ranks that hold its shards.
+    One that is kept in fewer bits (Transformer Engine's tensors in fp8, say, which have no views) is returned as the
+    numbers that it stands for. Collective over the ranks that hold its shards.
     """
     full_tensor = getattr(weight, "full_tensor", None)
-    return weight if full_tensor is None else cast(Tensor, full_tensor())
+    whole = weight if full_tensor is None else cast(Tensor, full_tensor())
+    # Subclasses of tensors that are quantized have a method of their own, every other tensor has PyTorch's.
+    is_quantized = type(whole).dequantize is not Tensor.dequantize
+    return whole.detach().dequantize() if is_quantized else whole
 
 
 def output_bias(layer: nn.Module) -> Tensor | None:

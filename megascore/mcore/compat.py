@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
-from megatron.core.models.gpt import gpt_model
+from megatron.core.models.gpt import gpt_layer_specs, gpt_model
+from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.moe import moe_utils
 
@@ -16,6 +16,7 @@ __all__ = [
     "forget_cached_masks",
     "has_transformer_engine",
     "missing_names",
+    "replays_graphs",
     "runs_fused",
     "submodules_of",
     "without_deprecation_log",
@@ -31,8 +32,18 @@ def forget_cached_masks() -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed."""
-    return find_spec("transformer_engine") is not None
+    """Whether Transformer Engine is installed, and Megatron could import it."""
+    return bool(gpt_layer_specs.HAVE_TE)
+
+
+def replays_graphs(config: Any) -> bool:
+    """Whether layers replay CUDA graphs that were captured in training, inside of which nothing calls a hook.
+
+    Those of Transformer Engine are for training only, and no layer is in training while it is scored.
+    """
+    is_local = getattr(config, "cuda_graph_impl", "none") == "local" or getattr(config, "enable_cuda_graph", False)
+    record = getattr(cuda_graphs, "_CudagraphGlobalRecord", None)
+    return bool(is_local and getattr(record, "cudagraph_created", False))
 
 
 def missing_names() -> list[tuple[Any, str, Any]]:

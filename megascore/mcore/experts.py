@@ -29,6 +29,7 @@ PADDING = (
     "moe_pad_expert_input_to_capacity",
     "moe_router_padding_for_quantization",
     "moe_router_padding_for_fp8",
+    "moe_expert_rank_capacity_factor",
     "moe_use_grouped_tensor",
     "fp8",
     "fp4",
@@ -107,7 +108,7 @@ def build_expert_hook(place: ExpertPlace, config: TransformerConfig) -> PlacedHo
     if padded:
         raise ModelError(
             f"{place.name}: with {', '.join(padded)} set, experts are given padding that cannot be told from tokens. "
-            "Set it to False (None for fp8 and fp4) in the TransformerConfig to score experts."
+            "Set it to False (None where it is a number or a name) in the TransformerConfig to score experts."
         )
     routed = place.kind is PlaceKind.ROUTED_EXPERTS
     hook: PlacedHook = MegatronRouterWeightedNormHook() if routed else MegatronRoutedL2NormHook()
@@ -179,7 +180,14 @@ def _read_all_experts(first: int, num_local: int) -> Reader:
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
         outputs = first_tensor(output)
         # The counts are on the CPU; this way neither they nor the number of tokens make the host wait.
-        counts = torch.as_tensor(_argument(args, kwargs, 1, "tokens_per_expert")).to(outputs.device, non_blocking=True)
+        counts = torch.as_tensor(_argument(args, kwargs, 1, "tokens_per_expert"))
+        if counts.device.type == "cpu" and int(counts.sum()) != len(outputs):
+            raise ModelError(
+                f"experts {first} to {first + num_local - 1} return {len(outputs)} rows for {int(counts.sum())} "
+                "tokens: they are given padding that cannot be told from tokens. Set what pads them in the "
+                "TransformerConfig to False, or leave experts out of the scores."
+            )
+        counts = counts.to(outputs.device, non_blocking=True)
         numbers = torch.arange(first, first + num_local, device=outputs.device)
         return torch.repeat_interleave(numbers, counts, output_size=len(outputs)), outputs
 

@@ -32,18 +32,27 @@ def has_fused_norm(module: nn.Module) -> bool:
 
 
 def fused_norm_output(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what the fused norm gives for ``inputs`` [..., hidden], in the type of ``inputs``.
+    """Return what the fused norm gives for ``inputs`` [..., hidden]: in their type, or in that which the weight needs.
 
     With sequence parallelism the input is this rank's part of the sequence, and so is the result.
     """
-    weight: Tensor = module.layer_norm_weight  # type: ignore[assignment]
-    if getattr(module, "zero_centered_gamma", False):
-        weight = weight + 1
-    hidden = (weight.numel(),)
-    eps = float(module.eps)  # type: ignore[arg-type]
+    weight: Tensor = module.layer_norm_weight.detach()  # type: ignore[operator]
+    bias: Tensor | None = getattr(module, "layer_norm_bias", None)
+    eps, hidden = float(module.eps), (weight.numel(),)  # type: ignore[arg-type]
     with torch.no_grad():
-        if getattr(module, "normalization", "LayerNorm") == "RMSNorm":
-            return functional.rms_norm(inputs, hidden, weight.to(inputs.dtype), eps)
-        bias: Tensor | None = module.layer_norm_bias  # type: ignore[assignment]
-        bias = None if bias is None else bias.to(inputs.dtype)
-        return functional.layer_norm(inputs, hidden, weight.to(inputs.dtype), bias, eps)
+        if getattr(module, "zero_centered_gamma", False):
+            # As the kernel does it: a bfloat16 weight near 0 would lose most of its digits beside the 1.
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1
+        is_rms = getattr(module, "normalization", "LayerNorm") == "RMSNorm"
+        if weight.dtype == inputs.dtype:
+            if is_rms:
+                return functional.rms_norm(inputs, hidden, weight, eps)
+            return functional.layer_norm(inputs, hidden, weight, None if bias is None else bias.to(weight.dtype), eps)
+        normalized = (
+            functional.rms_norm(inputs, hidden, None, eps)
+            if is_rms
+            else functional.layer_norm(inputs, hidden, None, None, eps)
+        )
+        return (
+            normalized * weight if is_rms or bias is None else torch.addcmul(bias.to(weight.dtype), normalized, weight)
+        )

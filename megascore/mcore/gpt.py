@@ -103,13 +103,13 @@ def _transformer_config(
                 # Megatron counts the keys before the query, transformers the query too.
                 window_size=(window - 1, 0) if slides and window is not None else None,
                 window_attn_skip_freq=[int(slides) for slides in model.sliding_layers] if slides else None,
-                **{**model.transformer, **_expert_values(model, device), **_run_values(model, parallel, dtype)},
+                **{**model.transformer, **_expert_values(model, device, dtype), **_run_values(model, parallel, dtype)},
             )
         except (ValueError, AssertionError) as error:
             raise ModelError(f"Megatron-Core does not build this {model.model_type} model so: {error}") from error
 
 
-def _expert_values(model: Architecture, device: torch.device) -> dict[str, Any]:
+def _expert_values(model: Architecture, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     if model.experts is None:
         return {}
     layers = model.experts.layers
@@ -118,7 +118,7 @@ def _expert_values(model: Architecture, device: torch.device) -> dict[str, Any]:
         "moe_ffn_hidden_size": model.experts.ffn_size,
         # One number for all-alike layers, for Megatron names the weights of mixed ones otherwise in its checkpoints.
         "moe_layer_freq": 1 if all(layers) else [int(has_experts) for has_experts in layers],
-        "moe_grouped_gemm": uses_grouped_experts(device),
+        "moe_grouped_gemm": uses_grouped_experts(device, dtype),
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
     }

@@ -21,6 +21,7 @@ from megascore.hooks import (
     L2NormHook,
     LayerNormContributionHook,
 )
+from megascore.hooks.weights import whole_weight
 from megascore.mcore.fused_norm import WeightAlone, norm_module
 from megascore.mcore.groups import DenseGroups
 from megascore.mcore.placement import place_hidden_states, place_kv_heads, place_row_parallel_input
@@ -117,7 +118,7 @@ class MegatronIndependentKvHeadContributionHook(PlacedHook, IndependentKvHeadCon
         self._width = self._columns.total // placement.shard.total
         self._is_spread = self._columns.length < placement.shard.length * self._width
         layer: Any = linear_layer
-        weight: Tensor = layer.weight.detach()
+        weight = whole_weight(layer.weight).detach()
         self._first_column = placement.shard.offset * self._width
         own = self._own_heads(weight, placement.shard.length)
         self._build(WeightAlone(own), placement.shard.length)

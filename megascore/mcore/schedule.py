@@ -165,7 +165,7 @@ def forward_step(
         What the chunk returns, and a function that makes `LossSums` of it where it is logits.
     """
     tokens, mask = next(micro_batches)
-    tokens = tokens.to(device)
+    tokens = tokens.to(device, non_blocking=True)
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     positions = local_positions(tokens.shape[1], cp_rank, cp_size, device)
     # Schedules mix micro-batches, and the hooks see the one that runs here.
@@ -187,7 +187,7 @@ def forward_step(
         # The mask is in host memory, and so are its indices.
         own_positions = local_positions(tokens.shape[1], cp_rank, cp_size, mask.device)
         counted = mask[:, own_positions[:num_predicting] + 1]
-        nats = nats.where(counted.to(device), 0.0)
+        nats = nats.where(counted.to(device, non_blocking=True), 0.0)
         return LossSums(nats.sum(dtype=torch.float64), int(counted.sum()))
 
     return output, losses

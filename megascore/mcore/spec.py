@@ -41,8 +41,13 @@ def block_spec(config: TransformerConfig, device: torch.device, chunk: int | Non
     Returns:
         The ``transformer_layer_spec`` of a ``GPTModel``.
     """
-    if _uses_transformer_engine(device):
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
+    if _uses_transformer_engine(device, config.params_dtype):
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
+        if config.context_parallel_size > 1 and config.params_dtype == torch.float32:
+            # Transformer Engine's kernels for context parallelism take 16 bits only.
+            for layer in block.layer_specs:
+                submodules_of(layer.submodules.self_attention).core_attention = GatheringAttention
+        return block
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=chunk
     )
@@ -52,13 +57,14 @@ def block_spec(config: TransformerConfig, device: torch.device, chunk: int | Non
     return block
 
 
-def uses_grouped_experts(device: torch.device) -> bool:
+def uses_grouped_experts(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the experts of a layer are one grouped layer of Transformer Engine's, rather than a list of MLPs."""
-    return _uses_transformer_engine(device)
+    return _uses_transformer_engine(device, dtype)
 
 
-def _uses_transformer_engine(device: torch.device) -> bool:
-    return device.type == "cuda" and has_transformer_engine()
+def _uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
+    # It has no kernels for float64.
+    return device.type == "cuda" and dtype != torch.float64 and has_transformer_engine()
 
 
 def _use_torch_modules(layer: Any, *, context_parallel: bool) -> None:

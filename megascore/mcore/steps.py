@@ -111,7 +111,7 @@ def _run_step(
 ) -> None:
     device = next(chunks[0].parameters()).device
     slices = slices_of_step(config, step, samples)
-    micro_batches = [samples.tokens_of(part).to(device) for part in slices]
+    micro_batches = [samples.tokens_of(part).to(device, non_blocking=True) for part in slices]
     losses = forward_only(chunks, micro_batches, config.run.loss, samples.masks_of(slices), run)
     loss.add(losses.nats, losses.num_tokens)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megascore.errors import ModelError
 from megascore.hooks import ForwardHook
-from megascore.mcore.compat import runs_fused
+from megascore.mcore.compat import replays_graphs, runs_fused
 from megascore.mcore.experts import ExpertPlace, build_expert_hook, expert_facts, expert_layout, expert_places
 from megascore.mcore.fused_norm import fused_norm_output, has_fused_norm
 from megascore.mcore.groups import DenseGroups
@@ -135,6 +135,11 @@ class MegatronModelView:
         return bool(self._config.sequence_parallel) and self._groups.axis("tp").size > 1
 
     def _find_places(self) -> Iterator[Place]:
+        if replays_graphs(self._config):
+            raise ModelError(
+                "this process has captured CUDA graphs of the model's layers (cuda_graph_impl='local'), and hooks in "
+                "them are not called: score in a process that has captured none, or with cuda_graph_impl='none'."
+            )
         for chunk_name, block_name, block in self._blocks:
             prefix = f"{chunk_name}{block_name}."
             for position, layer in enumerate(block.layers):

@@ -45,11 +45,15 @@ def sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = No
     """Add each tensor over the ranks of ``group``, in one collective however many tensors there are.
 
     Collective over ``group`` (None: the world). All ranks bring tensors of the same shapes in the same order.
-    Summed in float64, which holds int64 counts exactly up to 2**53.
+    Summed in float64, which holds int64 counts exactly up to 2**53. Tensors may be on any device.
     """
     if not tensors or world_size() == 1:
         return
-    flat = torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in tensors])
+    device = tensors[0].device
+    if device.type == "cpu":
+        # A part of a model that waits in host memory, in a world that talks over NCCL.
+        device = collective_device(group)
+    flat = torch.cat([tensor.reshape(-1).to(device, torch.float64) for tensor in tensors])
     dist.all_reduce(flat, group=group)
     for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(summed.view(tensor.shape))
@@ -105,13 +109,17 @@ def broadcast_tensor(own: Tensor | None) -> Tensor:
     return whole
 
 
-def collective_device() -> torch.device:
-    """Return where the tensors of a collective over the world must be: NCCL knows no host memory."""
-    if world_size() == 1:
+def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return where the tensors of a collective over ``group`` (None: the world) must be: NCCL knows no host memory."""
+    if world_size() == 1 or not _has_only_nccl(group):
         return torch.device("cpu")
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if "nccl" in str(dist.get_backend()) else torch.device("cpu")
-    )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _has_only_nccl(group: dist.ProcessGroup | None) -> bool:
+    # "nccl", "cuda:nccl", or "cpu:gloo,cuda:nccl", whose tensors may be anywhere.
+    backend = str(dist.get_backend(group))
+    return "nccl" in backend and "gloo" not in backend
 
 
 @dataclass(frozen=True)

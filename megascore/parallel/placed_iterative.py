@@ -76,6 +76,8 @@ class PlacedIterativeHook(PlacedHook, IterativeChannelContributionHook):
 
     def _reduce_over_shards(self, residual: Tensor) -> Tensor:
         for axis in self._axes(Role.SHARD):
+            # A product may be a view of a wider one, which NCCL refuses.
+            residual = residual.contiguous()
             dist.all_reduce(residual, group=self._groups[axis.name])
         return residual
 

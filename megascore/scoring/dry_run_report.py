@@ -16,8 +16,8 @@ SITE_HEADINGS = ("site / target / method", "channels here", "roles", "ranks", "m
 RANK_HEADINGS = ("ranks", "sites", "weights", "hooks keep", "more in a step", "a step sends", "for one sample")
 LEFT = ("site / target / method", "roles", "ranks", "weights")
 """Headings of columns that are words; the others are numbers, and stand on the right."""
-SCRATCH_BYTES = 1 << 26
-"""What the arithmetic of a call takes at most, whatever the hook; tests/hooks/test_kernels.py measures it."""
+CPU_SCRATCH_BYTES, GPU_SCRATCH_BYTES = 1 << 26, 1 << 29
+"""What the arithmetic of a call takes at most, whatever the hook; tests/hooks/test_kernels.py and tests/gpu measure it."""
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 LEGEND = (
     "Roles: shard = channels split; sum = samples split; sum* = sequences split; same = replicated; own = other layers",
@@ -101,8 +101,9 @@ def _world(dry_run: DryRun) -> Iterator[str]:
     yield f"A step is {dry_run.samples_of_step} samples on a rank."
     yield f"The end of the run sends {format_bytes(dry_run.finish_bytes)} from each rank, in two all-reduces, once."
     yield from _one_layer(dry_run)
-    scratch = format_bytes(SCRATCH_BYTES)
-    yield f"Activations of the model come on top; and while a hook runs, up to {scratch} and what other ranks send it."
+    cpu, gpu = format_bytes(CPU_SCRATCH_BYTES), format_bytes(GPU_SCRATCH_BYTES)
+    yield "Activations of the model come on top, and what a hook has while it runs: what other ranks send it, and"
+    yield f"up to {cpu} on a CPU, {gpu} on a GPU."
     yield "A dry run reads no data and no weights, and writes no file."
     if dry_run.pretended:
         yield f"The {dry_run.num_ranks} ranks were pretended by one process, which built the model without memory."

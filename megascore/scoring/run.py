@@ -43,8 +43,9 @@ class ScoringRun(Closing):
     Building one is collective over the world: all ranks do it together, and so are `step` and `finish`. Forward
     passes in between communicate nothing on behalf of the scores. Where batches are padded, set the `token_mask`.
 
-    The model is in evaluation mode meanwhile (dropout would be measured otherwise); leaving the ``with`` block, or
-    `close`, takes the hooks off and restores the mode.
+    The model is in evaluation mode meanwhile (dropout would be measured otherwise), and one that `torch.compile` made
+    runs uncompiled, as compiled code calls no hooks that came later; leaving the ``with`` block, or `close`, takes the
+    hooks off and restores the mode.
     """
 
     def __init__(
