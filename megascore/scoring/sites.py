@@ -91,6 +91,9 @@ def check_places(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
 def _refuse_shared_modules(view: ModelView) -> None:
     names: dict[tuple[PlaceKind, int], str] = {}
     for place in view.places:
+        # Where experts run as one grouped layer, each is a part of it, and its place reads that part.
+        if place.kind is PlaceKind.ROUTED_EXPERT_PROJECTION:
+            continue
         first = names.setdefault((place.kind, id(place.module)), place.name)
         if first != place.name:
             raise ModelError(
