@@ -17,7 +17,7 @@ RANK_HEADINGS = ("ranks", "sites", "weights", "hooks keep", "more in a step", "a
 LEFT = ("site / target / method", "roles", "ranks", "weights")
 """Headings of columns that are words; the others are numbers, and stand on the right."""
 CPU_SCRATCH_BYTES, GPU_SCRATCH_BYTES = 1 << 26, 1 << 29
-"""What the arithmetic of a call takes at most, whatever the hook; tests/hooks/test_kernels.py and tests/gpu measure it."""
+"""What the arithmetic of a call takes at most, whatever the hook; tests/hooks and tests/gpu measure it."""
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 LEGEND = (
     "Roles: shard = channels split; sum = samples split; sum* = sequences split; same = replicated; own = other layers",
