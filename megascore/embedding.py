@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megascore.capture import TensorStore
@@ -59,6 +62,7 @@ def attach(
     if recipe is not None and scores is not None:
         raise ConfigError(f"attach was given recipe={recipe!r} and scores: give one of them.")
     requests = resolve_scores(scores if scores is not None else recipe or "minitron")
+    _warn_of_lone_processes()
     agree("looking at the metadata", lambda: _check_metadata(metadata))
     view = agree("looking at the model", lambda: _view_of(model))
     agree("looking at the weights", lambda: _check_weights(view))
@@ -114,6 +118,7 @@ def score_blockwise(
             or, with ``cache_block_outputs``, a model for which that gives something else than a full pass.
     """
     requests = resolve_scores(scores)
+    _warn_of_lone_processes()
     agree("looking at the batches", lambda: refuse_single_tensor(batches))
     if isinstance(model, (str, Path)):
         folder = model
@@ -127,6 +132,18 @@ def score_blockwise(
     agree("looking at the metadata", lambda: _check_metadata(metadata))
     options = BlockwiseOptions(cache_block_outputs, device, store, weights, masks, dict(metadata or {}))
     return score_blocks(view, view.blocks if blocks is None else blocks, list(batches), requests, options)
+
+
+def _warn_of_lone_processes() -> None:
+    """Warn where torchrun started several processes that know nothing of each other: each would score by itself."""
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_started > 1 and not dist.is_initialized():
+        warnings.warn(
+            f"{num_started} processes were started (WORLD_SIZE), but torch.distributed is not initialized here: this "
+            "one scores what it sees by itself, and takes itself for the only one. Call "
+            "torch.distributed.init_process_group() first, or start one process.",
+            stacklevel=3,
+        )
 
 
 def _view_of(model: nn.Module | Sequence[nn.Module]) -> ModelView:

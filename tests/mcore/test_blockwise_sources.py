@@ -32,13 +32,12 @@ from tests.mcore.test_blockwise_job import (
     experts,
     full_pass,
     make,
-    model_root,
 )
 from tests.mcore.test_blockwise_resume import stop_on_rank
 from tests.mcore.torch_dist import save_torch_dist, training_args
 from tests.pool import WorkerPool
 
-__all__ = ["documents", "experts", "full_pass", "model_root"]
+__all__ = ["documents", "experts", "full_pass"]
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=1)
@@ -52,11 +51,12 @@ def save_on_rank(directory: Path, folder: Path, parallel: ParallelConfig) -> Non
 
 
 @pytest.fixture(scope="module")
-def megatron(model_root: Path, full_pass: Job, world: WorkerPool) -> Path:
+def megatron(model_root: Path, full_pass: Job, tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Path:
     """The model of `full_pass` as Megatron has saved it, with tied embeddings, from a layout that no test runs."""
     layout = ParallelConfig(tensor=2, pipeline=2, pipeline_layers=[1, 3])
-    world.run(4, save_on_rank, model_root / "llama", model_root / "megatron", layout)
-    return model_root / "megatron"
+    folder = tmp_path_factory.mktemp("megatron") / "saved"
+    world.run(4, save_on_rank, model_root / "llama", folder, layout)
+    return folder
 
 
 def run_and_watch_on_rank(job: Job, overrides: Sequence[str]) -> tuple[str, bool, int, int]:

@@ -207,3 +207,11 @@ def test_a_mask_that_is_no_tensor_is_refused() -> None:
         run.masked([[1, 1]]),  # type: ignore[arg-type]
     ):
         pass
+
+
+def test_processes_that_know_nothing_of_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match=r"2 processes were started .*init_process_group"):
+        megascore.attach(TinyDecoder(), scores=[{"target": "ffn"}]).close()
+    with pytest.warns(UserWarning, match="takes itself for the only one"):
+        megascore.score_blockwise(TinyDecoder(), None, make_batches(), [{"target": "ffn"}])
