@@ -42,7 +42,7 @@ def write(folder: Path, whole: Tensor, cuts: list[list[int]], *, transposed: boo
             chunks.append(ChunkStorageMetadata(offsets, part.shape))
             places[MetadataIndex(NAME, offsets)] = _StorageInfo(FILE, begin, file.tell() - begin)
     entry = TensorStorageMetadata(TensorProperties(whole.dtype), whole.shape, chunks)
-    return CheckpointIndex({NAME: entry}, places)
+    return CheckpointIndex({NAME: entry}, places, {})
 
 
 def read(folder: Path, index: CheckpointIndex, box: tuple[slice, ...], target: Tensor) -> int:
@@ -129,7 +129,7 @@ def test_what_is_not_as_the_index_says_is_refused(tmp_path: Path) -> None:
         (slice(0, 64), slice(0, 256)),
     )
     ((part, where, _),) = overlaps(index, NAME, torch.Size((0, 0)), whole.shape)
-    lost = CheckpointIndex(index.tensors, {})
+    lost = CheckpointIndex(index.tensors, {}, {})
     with pytest.raises(ModelError, match=r"does not say where 'weight' lies"):
         read(tmp_path, lost, everything, target)
     write(tmp_path, whole.T, [[256], [64]])
