@@ -94,7 +94,11 @@ def _claim(path: Path) -> tuple[Path, int | None] | None:
         os.close(lock)
         (path / LOCK_NAME).unlink()
         return path, None
-    os.write(lock, json.dumps(vars(_Owner(os.getpid(), socket.gethostname(), _kernel()))).encode())
+    try:
+        os.write(lock, json.dumps(vars(_Owner(os.getpid(), socket.gethostname(), _kernel()))).encode())
+    except OSError:
+        _remove(path, lock)
+        raise
     return path, lock
 
 

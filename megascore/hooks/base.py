@@ -110,8 +110,7 @@ class ForwardHook(ABC):
                 "use one hook for one module."
             )
         if self._state["num_calls"].device != torch.device(device):
-            with torch.inference_mode(False):
-                self._state = {name: value.to(device) for name, value in self._state.items()}
+            self._state = {name: value.to(device) for name, value in self._state.items()}
 
     def merged_state(self) -> dict[str, Tensor]:
         """Return a copy of the statistics over all data, in global terms; empty before allocation.

@@ -78,9 +78,9 @@ class ColumnSum:
 
     def _products(self, matrix: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return (partial, ones, batch) of the products that add ``matrix``; a batch has the rows of each thread."""
-        num_rows, num_parts = len(matrix), len(self._partial)
-        num_even = min(num_rows - num_rows % num_parts, ROWS_OF_PRODUCT * num_parts)
-        parts = num_parts if num_even else 1
+        num_rows, num_threads = len(matrix), len(self._partial)
+        num_even = min(num_rows - num_rows % num_threads, ROWS_OF_PRODUCT * num_threads)
+        parts = num_threads if num_even else 1
         num_taken = num_even or num_rows
         batch = matrix[:num_taken].view(parts, -1, self._num_columns)
         ones = _ones(matrix.dtype)[:parts, :, : batch.shape[1]]

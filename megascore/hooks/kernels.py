@@ -7,10 +7,10 @@ the activation once and needs no scratch.
 
 On 2 cores with AVX-512, medians of ``tests/benchmarks/hooks.py``, the sum of absolute values of [2048, 4096] takes a
 hook 2.8 ms in float32 (reading it 1.2 to 1.5 ms) and 2.6 ms in bfloat16 (1.1 ms), of which the two operations alone
-take 2.4 and 2.2; two thirds of that is ``abs`` into the scratch, from memory. One product for all threads took 1.5
-times as long, as did bit masks on int16 views, int32 views of bfloat16 pairs, products of bfloat16 with ones, the
-backward pass of a norm layer, and sums instead of products. Where other programs use the cores too, every one of the
-many short parallel pieces may have to wait for a thread, and the time is several times that.
+take 2.4 and 2.2; three quarters of that is ``abs`` into the scratch, from memory. One product for all threads took 1.5
+times as long or more, as did bit masks on int16 views, int32 views of bfloat16 pairs, products of bfloat16 with ones,
+the backward pass of a norm layer, and sums instead of products. Where other programs use the cores too, every one of
+the many short parallel pieces may have to wait for a thread, and the time is several times that.
 
 Shape letters: S sequence, B samples, T tokens, C channels.
 """

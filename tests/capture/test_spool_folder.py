@@ -170,3 +170,13 @@ def test_storage_without_locks_is_used_and_never_tidied(tmp_path: Path, monkeypa
     assert torch.equal(first.get("a", "cpu"), torch.ones(3))
     first.close()
     assert spools(tmp_path) == []
+
+
+def test_a_folder_that_cannot_say_whose_it_is_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_lock: int, _content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        spool_folder.SpoolFolder(tmp_path)
+    assert not list(tmp_path.iterdir())
