@@ -10,9 +10,9 @@
 
 from __future__ import annotations
 
-from megascore.embedding import attach, score_blockwise
-from megascore.saver import checkpoints
-from megascore.scoring.score_file import Scores, load_scores
+from megascore.api.attach import attach, score_blockwise
+from megascore.api.checkpoints import checkpoints
+from megascore.scores.score_file import Scores, load_scores
 
 __all__ = ["Scores", "__version__", "attach", "checkpoints", "load_scores", "score_blockwise"]
 

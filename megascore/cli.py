@@ -12,15 +12,15 @@ from typing import TextIO
 from rich.console import Console
 
 import megascore
+from megascore.config import load_config
 from megascore.environment import look_around, render_environment
 from megascore.errors import MegascoreError
-from megascore.failures import run_and_report
-from megascore.launcher import ending_with_launcher
-from megascore.scoring.compare import compare, render_comparison
-from megascore.scoring.config import load_config
-from megascore.scoring.report import render_scores
-from megascore.scoring.score_file import load_scores
-from megascore.scoring.status import RunState, read_status
+from megascore.process.failures import run_and_report
+from megascore.process.launcher import ending_with_launcher
+from megascore.resume.progress_file import RunState, read_status
+from megascore.scores.compare import compare, render_comparison
+from megascore.scores.report import render_scores
+from megascore.scores.score_file import load_scores
 
 __all__ = ["main"]
 
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 def _score(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     try:
-        from megascore.mcore.job import run_job
+        from megascore.job.job import run_job
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA_OF_PACKAGE:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 __all__ = ["RankProcesses"]
 
-PRELOADED = ["megascore.mcore.job", "transformers", "tokenizers"]
+PRELOADED = ["megascore.job.job", "transformers", "tokenizers"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 if sys.platform == "linux":
     ENVIRONMENT["GLOO_SOCKET_IFNAME"] = "lo"

@@ -17,8 +17,8 @@ import torch
 import megascore
 from megascore.cli import main
 from megascore.errors import DataError, RankFailure
-from megascore.failures import first_error, is_lost_contact, run_and_report
-from megascore.scoring.score_file import Scores
+from megascore.process.failures import first_error, is_lost_contact, run_and_report
+from megascore.scores.score_file import Scores
 
 FFN = "decoder.layers.0.mlp.linear_fc2/ffn/l2_norm"
 REPOSITORY = Path(__file__).parents[1]
@@ -50,9 +50,9 @@ def config_file(tmp_path: Path) -> str:
 
 def put_job(monkeypatch: pytest.MonkeyPatch, run_job: Callable[..., Any]) -> None:
     """Stand in for the job, which needs megatron and minutes."""
-    module = ModuleType("megascore.mcore.job")
+    module = ModuleType("megascore.job.job")
     module.run_job = run_job  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "megascore.mcore.job", module)
+    monkeypatch.setitem(sys.modules, "megascore.job.job", module)
 
 
 def test_the_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +151,7 @@ def test_without_megatron_the_package_to_install_is_named(
     real_import = builtins.__import__
 
     def import_without_megatron(name: str, *rest: Any, **options: Any) -> Any:
-        if name == "megascore.mcore.job":
+        if name == "megascore.job.job":
             raise ModuleNotFoundError("No module named 'megatron'", name="megatron.core")
         return real_import(name, *rest, **options)
 
@@ -227,7 +227,7 @@ import datetime, sys
 import torch, torch.distributed as dist
 from rich.console import Console
 from megascore.errors import DataError
-from megascore.failures import run_and_report
+from megascore.process.failures import run_and_report
 
 def job():
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
+
+import megascore
+
+PACKAGE = Path(megascore.__file__).parent
 
 HEAVY = ("megatron", "transformer_engine", "apex", "transformers", "datasets")
 
@@ -23,9 +30,13 @@ print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].spl
         "megascore.hooks",
         "megascore.parallel.merge",
         "megascore.capture",
-        "megascore.scoring.blockwise",
-        "megascore.scoring.data",
-        "megascore.scoring.run",
+        "megascore.blockwise.score_blocks",
+        "megascore.config",
+        "megascore.data",
+        "megascore.resume.checkpointing",
+        "megascore.runs.scoring_run",
+        "megascore.weights.huggingface",
+        "megascore.weights.torch_dist.checkpoint",
     ],
 )
 def test_a_room_outside_mcore_imports_no_model_library(room: str) -> None:
@@ -33,30 +44,75 @@ def test_a_room_outside_mcore_imports_no_model_library(room: str) -> None:
     assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.strip() == ""
 
 
-@pytest.mark.parametrize(
-    ("room", "allowed"),
-    [
-        ("hooks", {"hooks", "errors", "files"}),
-        ("parallel", {"parallel", "hooks", "errors", "files"}),
-        ("capture", {"capture", "hooks", "errors", "files", "closing"}),
-        ("scoring", {"scoring", "parallel", "capture", "hooks", "errors", "files", "closing"}),
-        ("mcore", {"mcore", "scoring", "parallel", "capture", "hooks", "errors", "files", "closing"}),
-    ],
+ROOMS = (
+    "errors",
+    "versions",
+    "process",
+    "files",
+    "kernels",
+    "hooks",
+    "parallel",
+    "sites",
+    "config",
+    "scores",
+    "runs",
+    "resume",
+    "data",
+    "weights",
+    "capture",
+    "blockwise",
+    "mcore",
+    "job",
+    "environment",
+    "api",
+    "cli",
 )
-def test_imports_run_one_way(room: str, allowed: set[str]) -> None:
-    import ast
-    from pathlib import Path
+"""From the ground floor up: a room imports from those above it in this list, never from those below it."""
+MCORE = ("mcore.compat", "mcore.cpu", "mcore.world", "mcore.models", "mcore.sites", "mcore.pipeline")
+"""The same inside the one room that imports Megatron."""
 
-    import megascore
 
-    folder = Path(megascore.__file__).parent / room
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each module of megascore that a file imports, also inside of functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            if name.startswith("megascore."):
+                yield node.lineno, name.removeprefix("megascore.")
+
+
+def wrong_imports(names: Sequence[str], folder: Path, depth: int) -> list[str]:
+    """Return the imports that run against the order of ``names``, whose first ``depth`` parts name a room."""
     wrong = []
-    for path in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in names:
-                parts = name.split(".")
-                if parts[0] == "megascore" and (len(parts) == 1 or parts[1] not in allowed):
-                    wrong.append(f"{path.name}:{node.lineno} imports {name}")
+    for path in sorted(folder.rglob("*.py")):
+        own = ".".join(path.relative_to(PACKAGE).with_suffix("").parts[:depth])
+        if own not in names:
+            continue
+        for line, name in imports_of(path):
+            room = ".".join(name.split(".")[:depth])
+            if room in names and names.index(room) > names.index(own):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+    return wrong
+
+
+def test_every_room_has_its_floor() -> None:
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found - {"__init__", "__main__"} == set(ROOMS)
+    inside = {path.stem for path in (PACKAGE / "mcore").iterdir() if path.name not in ("__init__.py", "__pycache__")}
+    assert {f"mcore.{name}" for name in inside} == set(MCORE)
+
+
+def test_imports_run_one_way() -> None:
+    assert wrong_imports(ROOMS, PACKAGE, 1) == []
+    assert wrong_imports(MCORE, PACKAGE / "mcore", 2) == []
+
+
+def test_megatron_is_imported_in_one_room_only() -> None:
+    wrong = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] != "mcore"
+        and any(line.strip().startswith(("import megatron", "from megatron")) for line in path.read_text().splitlines())
+    ]
     assert wrong == []

@@ -15,9 +15,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megascore.mcore.build import load_model
-from megascore.mcore.world import local_device, parallel_world
-from megascore.scoring.config import ModelConfig, ParallelConfig
+from megascore.config import ModelConfig, ParallelConfig
+from megascore.mcore.models.build import load_model
+from megascore.mcore.world.parallel_world import local_device, parallel_world
 
 NUM_STEPS, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 3, 4, 32
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megascore.capture.spool_folder import SpoolFolder
 from megascore.errors import ConfigError, DataError
-from megascore.files import write_whole
+from megascore.files.whole import write_whole
 
 __all__ = ["DeviceStore", "HostStore", "SpoolStore", "TensorStore"]
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megascore.environment.optional_paths import OptionalPath, optional_paths
 from megascore.environment.packages import Package, find_packages
-from megascore.scoring.versions import installed_versions
+from megascore.versions import installed_versions
 
 __all__ = ["Device", "Environment", "look_around"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megascore.errors import HookStateError
-from megascore.hooks import rank_files
+from megascore.hooks import published
 from megascore.hooks.statistics import State, Statistic, differences
 
 __all__ = ["ForwardHook"]
@@ -258,7 +258,7 @@ class ForwardHook(ABC):
 
         Ranks are not synchronised here: the caller decides when all ranks save.
         """
-        rank_files.save_hook_states(activation_hooks, Path(activations_log_dir))
+        published.save_hook_states(activation_hooks, Path(activations_log_dir))
 
     @classmethod
     def dump_activations_logs(
@@ -268,7 +268,7 @@ class ForwardHook(ABC):
 
         Collective over the world where torch.distributed is initialised: returns when all ranks have written.
         """
-        rank_files.dump_results(activation_hooks, Path(activations_log_dir), args)
+        published.dump_results(activation_hooks, Path(activations_log_dir), args)
 
     # Loading, in steps
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megascore.errors import HookStateError
-from megascore.hooks import kernels
 from megascore.hooks.base import ForwardHook
-from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
+from megascore.kernels import reductions
+from megascore.kernels.exact import exact
 
 __all__ = ["BlockSimilarityHook"]
 
@@ -34,14 +34,14 @@ class BlockSimilarityHook(ForwardHook):
             )
         self.allocate(1, inputs.device)
         self._note_dtype(inputs)
-        num_tokens = kernels.num_tokens(inputs, token_mask)
+        num_tokens = reductions.num_tokens(inputs, token_mask)
         self._count_tokens(num_tokens)
         self._count_call(num_tokens)
-        dtype = kernels.accumulation_dtype(inputs.dtype)
+        dtype = reductions.accumulation_dtype(inputs.dtype)
         # One scratch copy of each side, and one product.
         bytes_each = 3 * inputs.shape[-1] * dtype.itemsize
-        for (before, after), mask in kernels.token_views([inputs, output], token_mask):
-            for start, stop in kernels.chunks(len(before), bytes_each, inputs.device):
+        for (before, after), mask in reductions.token_views([inputs, output], token_mask):
+            for start, stop in reductions.chunks(len(before), bytes_each, inputs.device):
                 cosines = _cosines(before[start:stop].to(dtype), after[start:stop].to(dtype))
                 if mask is not None:
                     cosines.masked_fill_(~mask[start:stop], 0)

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megascore.hooks import kernels
-from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
 from megascore.hooks.weights import WeightHook, weight_matrix
+from megascore.kernels import reductions
+from megascore.kernels.exact import exact
 
 __all__ = ["IndependentChannelContributionHook"]
 
@@ -25,7 +25,7 @@ class IndependentChannelContributionHook(WeightHook):
             activation_hooks_kwargs: Not used; callers that make all hooks alike pass it.
         """
         weight = weight_matrix(linear_layer, self._score_name(), may_be_shard=self.takes_shards)
-        super().__init__(kernels.column_norms(weight))
+        super().__init__(reductions.column_norms(weight))
 
     def declare(self, num_channels: int) -> tuple[Statistic, ...]:
         """Return the sum of absolute activations, and the weight's column norms."""
@@ -36,10 +36,10 @@ class IndependentChannelContributionHook(WeightHook):
         """Add one call; ``inputs`` is [..., C]. Not collective."""
         self.allocate(inputs.shape[-1], inputs.device)
         self._note_dtype(inputs)
-        num_tokens = kernels.num_tokens(inputs, token_mask)
+        num_tokens = reductions.num_tokens(inputs, token_mask)
         self._count_tokens(num_tokens)
         self._count_call(num_tokens)
-        self._state["sum_of_abs"] += kernels.abs_sum(inputs, token_mask)
+        self._state["sum_of_abs"] += reductions.abs_sum(inputs, token_mask)
 
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score``, ``weight_norm`` and ``agg_channel_activations`` (mean times ``num_calls``), each [C]."""

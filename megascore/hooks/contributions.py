@@ -9,10 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megascore.hooks import kernels
-from megascore.hooks.column_sum import ColumnSum
-from megascore.hooks.products import Product
-from megascore.hooks.workspace import Workspace
+from megascore.kernels import reductions
+from megascore.kernels.column_sum import ColumnSum
+from megascore.kernels.products import Product
+from megascore.kernels.workspace import Workspace
 
 __all__ = ["EPSILON", "Contributions"]
 
@@ -79,8 +79,8 @@ class Contributions:
         num_outputs, itemsize = y.shape[-1], multiply.dtype.itemsize
         # The step must be the same on all ranks that share the tokens: their shards are of one size.
         bytes_each = max(5 * num_outputs, 2 * x.shape[-1]) * itemsize
-        at_once = kernels.bound(CHUNK_BYTES, x.device) // bytes_each
-        step = max(1, min(kernels.bound(TOKENS_AT_ONCE, x.device), at_once, len(x)))
+        at_once = reductions.bound(CHUNK_BYTES, x.device) // bytes_each
+        step = max(1, min(reductions.bound(TOKENS_AT_ONCE, x.device), at_once, len(x)))
         columns = _Columns(self.weight, order, multiply.best_dtypes[1], step, workspace)
         multiply_error = Product(multiply.dtype, self.weight.dtype, x.device)
         square_norms = norms[self.kept].square_()
@@ -90,7 +90,7 @@ class Contributions:
         cross = workspace.empty((step * min(num_kept, columns.num_at_once),), multiply.dtype)
         for start in range(0, len(x), step):
             some = slice(start, start + step)
-            inputs = kernels.take_columns(x[some], order, gathered[: len(x[some])])
+            inputs = reductions.take_columns(x[some], order, gathered[: len(x[some])])
             error = self._error(inputs, y[some], columns, num_kept, multiply, residual[: len(inputs)])
             squares = torch.linalg.vector_norm(error, dim=-1).square_().add_(EPSILON)
             error *= 2
@@ -134,11 +134,11 @@ class _Columns:
         """Keep columns in ``dtype``, for products with ``num_tokens`` tokens."""
         self._order, self._weight = order, weight
         # In float32: a product in two parts, its sum and the inputs; and the block itself, and a library's copy of it.
-        block_bytes = kernels.bound(BLOCK_BYTES, weight.device)
+        block_bytes = reductions.bound(BLOCK_BYTES, weight.device)
         at_once = block_bytes // (16 * num_tokens)
         self._gathered: Tensor | None = None
         if weight.numel() * 4 <= block_bytes:
-            self._gathered = kernels.take_columns(weight, order, workspace.empty((len(weight), len(order)), dtype))
+            self._gathered = reductions.take_columns(weight, order, workspace.empty((len(weight), len(order)), dtype))
         else:
             at_once = min(at_once, block_bytes // (8 * len(weight)))
             self._memory = workspace.empty((max(1, at_once) * len(weight),), dtype)
@@ -156,7 +156,7 @@ class _Columns:
             return self._gathered[:, block]
         order = self._order[block]
         size = (len(self._weight), len(order))
-        return kernels.take_columns(self._weight, order, self._memory[: prod(size)].view(size))
+        return reductions.take_columns(self._weight, order, self._memory[: prod(size)].view(size))
 
 
 def _sums_of_block(inputs: Tensor, cross: Tensor, squares: Tensor, square_norms: Tensor, mask: Tensor | None) -> Tensor:
@@ -171,7 +171,7 @@ def _sums_of_block(inputs: Tensor, cross: Tensor, squares: Tensor, square_norms:
     """
     with Workspace(inputs.device) as workspace:
         total = ColumnSum(inputs.shape[1], inputs.dtype, inputs.device, workspace)
-        for start, stop in kernels.chunks(len(inputs), 2 * inputs.shape[1] * inputs.itemsize, inputs.device):
+        for start, stop in reductions.chunks(len(inputs), 2 * inputs.shape[1] * inputs.itemsize, inputs.device):
             x, value = inputs[start:stop], cross[start:stop]
             value.addcmul_(x, square_norms)
             torch.addcmul(squares[start:stop, None], value, x, out=value)
@@ -190,7 +190,7 @@ def _sums_with_nothing_pruned(x: Tensor, norms: Tensor, mask: Tensor | None, wor
     # Filled on its device: made from a number of the host it would have to wait for a copy.
     epsilon = norms.new_full((), EPSILON)
     square_norms = norms.square()
-    step = kernels.rows_at_once(num_channels * norms.itemsize, x.device)
+    step = reductions.rows_at_once(num_channels * norms.itemsize, x.device)
     scratch = workspace.empty((min(step, num_tokens), num_channels), norms.dtype)
     for start in range(0, num_tokens, step):
         rows = x[start : start + step]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from megascore.errors import HookStateError
-from megascore.hooks import kernels
 from megascore.hooks.contributions import Contributions
-from megascore.hooks.exact import exact
 from megascore.hooks.schedule import num_pruned_after, pruning_schedule
 from megascore.hooks.statistics import Merge, State, Statistic
 from megascore.hooks.weights import WeightHook, output_bias, weight_matrix
+from megascore.kernels import reductions
+from megascore.kernels.exact import exact
 
 __all__ = ["IterativeChannelContributionHook", "prune_lowest"]
 
@@ -55,7 +55,7 @@ class IterativeChannelContributionHook(WeightHook):
         self._num_iterations = num_iterations
         self._iteration = 0
         self._sums: list[Tensor] | None = None
-        super().__init__(kernels.column_norms(self._weight()))
+        super().__init__(reductions.column_norms(self._weight()))
         self._index_channels()
 
     def settings(self) -> dict[str, Any]:
@@ -125,9 +125,9 @@ class IterativeChannelContributionHook(WeightHook):
         )
         sums, count = self.pending()
         own_sums = self._own_channels(sums)
-        for (x, y), mask in kernels.token_views([inputs, output], token_mask):
+        for (x, y), mask in reductions.token_views([inputs, output], token_mask):
             own_sums[self._kept_index] += measure.sums(x, y, mask)
-        num_tokens = kernels.num_tokens(inputs, token_mask)
+        num_tokens = reductions.num_tokens(inputs, token_mask)
         count += num_tokens
         self._count_tokens(num_tokens)
         if not self.defers:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from megascore.errors import HookStateError
-from megascore.hooks import kernels
-from megascore.hooks.exact import exact
-from megascore.hooks.products import product
 from megascore.hooks.statistics import State, Statistic
 from megascore.hooks.weights import WeightHook, weight_matrix
+from megascore.kernels import reductions
+from megascore.kernels.exact import exact
+from megascore.kernels.products import product
 
 __all__ = ["IndependentKvHeadContributionHook"]
 
@@ -69,7 +69,7 @@ class IndependentKvHeadContributionHook(WeightHook):
                 f"{num_kv_heads} KV heads equally."
             )
         self._group_width = weight.shape[1] // num_kv_heads
-        norms = kernels.column_norms(weight).view(num_kv_heads, -1)
+        norms = reductions.column_norms(weight).view(num_kv_heads, -1)
         super().__init__(torch.linalg.vector_norm(norms, dim=-1))
         self._factors = _triangular_factors(weight, num_kv_heads)
 
@@ -93,10 +93,10 @@ class IndependentKvHeadContributionHook(WeightHook):
         self.allocate(num_kv_heads, inputs.device)
         self._factors = self._factors.to(inputs.device)
         self._note_dtype(inputs)
-        num_tokens = kernels.num_tokens(inputs, token_mask)
+        num_tokens = reductions.num_tokens(inputs, token_mask)
         self._count_tokens(num_tokens)
         self._count_call(num_tokens)
-        for (x,), mask in kernels.token_views([inputs], token_mask):
+        for (x,), mask in reductions.token_views([inputs], token_mask):
             self._observe_tokens(x, mask)
 
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
@@ -105,9 +105,9 @@ class IndependentKvHeadContributionHook(WeightHook):
         return {"score": state["sum_of_norms"] / state["num_tokens"] * num_calls}
 
     def _observe_tokens(self, x: Tensor, mask: Tensor | None) -> None:
-        dtype = kernels.accumulation_dtype(x.dtype)
+        dtype = reductions.accumulation_dtype(x.dtype)
         # The slice, both halves of its product, and room for a library's own copies.
-        step = max(1, kernels.bound(CHUNK_BYTES, x.device) // (6 * self._group_width * dtype.itemsize))
+        step = max(1, reductions.bound(CHUNK_BYTES, x.device) // (6 * self._group_width * dtype.itemsize))
         for start in range(0, len(x), step):
             tokens = x[start : start + step].view(-1, len(self._weight_norm), self._group_width)
             norms = torch.stack([self._norms(tokens[:, head], head) for head in range(tokens.shape[1])], dim=-1)
@@ -131,7 +131,7 @@ class IndependentKvHeadContributionHook(WeightHook):
 
 def _triangular_factors(weight: Tensor, num_kv_heads: int) -> Tensor:
     """Return R_g of each KV head's slice of ``weight`` [E, C]: [num_kv_heads, min(E, width), width]."""
-    dtype = kernels.accumulation_dtype(weight.dtype)
+    dtype = reductions.accumulation_dtype(weight.dtype)
     slices = weight.chunk(num_kv_heads, dim=1)
     return torch.stack([torch.linalg.qr(part.to(dtype), mode="r").R for part in slices])
 

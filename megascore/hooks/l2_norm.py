@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from megascore.errors import HookStateError
-from megascore.hooks import kernels
 from megascore.hooks.base import ForwardHook
-from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
+from megascore.kernels import reductions
+from megascore.kernels.exact import exact
 
 __all__ = ["L2NormHook"]
 
@@ -49,21 +49,21 @@ class L2NormHook(ForwardHook):
         mask = None if token_mask is None else token_mask.reshape(seq_len, num_samples)
         self.allocate(num_channels, x.device)
         self._note_dtype(x)
-        num_tokens = kernels.num_tokens(x, mask)
+        num_tokens = reductions.num_tokens(x, mask)
         self._count_tokens(num_tokens)
         if self.defers:
             counts = x.new_full((num_samples,), seq_len, dtype=torch.int64) if mask is None else mask.sum(0)
-            self._pending += [kernels.abs_sum_of_samples(x, mask), counts.double()]
+            self._pending += [reductions.abs_sum_of_samples(x, mask), counts.double()]
             return
         self._count_call(num_tokens)
-        step = kernels.samples_at_once(x)
+        step = reductions.samples_at_once(x)
         for start in range(0, num_samples, step):
             some = x[:, start : start + step]
             if mask is None:
-                self._fold_whole_samples(kernels.abs_sum_of_samples(some), seq_len)
+                self._fold_whole_samples(reductions.abs_sum_of_samples(some), seq_len)
             else:
                 part = mask[:, start : start + step]
-                self._fold(kernels.abs_sum_of_samples(some, part), part.sum(0))
+                self._fold(reductions.abs_sum_of_samples(some, part), part.sum(0))
 
     def pending(self) -> list[Tensor]:
         """Return, for each call that waits, sums over the sequence [B, C] and token counts [B]; all float64."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from megascore.errors import HookStateError
-from megascore.hooks import kernels, rank_files
+from megascore.hooks import published
 from megascore.hooks.base import ForwardHook
-from megascore.hooks.exact import exact
 from megascore.hooks.statistics import State, Statistic
 from megascore.hooks.weights import WeightHook, whole_weight
+from megascore.kernels import reductions
+from megascore.kernels.exact import exact
 
 __all__ = ["LayerNormContributionHook"]
 
@@ -46,10 +47,10 @@ class LayerNormContributionHook(WeightHook):
         """Add one call; ``output`` is [..., C], ``inputs`` is not used. Not collective."""
         self.allocate(output.shape[-1], output.device)
         self._note_dtype(output)
-        num_tokens = kernels.num_tokens(output, token_mask)
+        num_tokens = reductions.num_tokens(output, token_mask)
         self._count_tokens(num_tokens)
         self._count_call(num_tokens)
-        self._state["sum_of_abs"] += kernels.abs_sum(output, token_mask)
+        self._state["sum_of_abs"] += reductions.abs_sum(output, token_mask)
 
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [C] (the mean times ``num_calls``) and ``channels_importance_ascending`` [C] int64."""
@@ -66,4 +67,4 @@ class LayerNormContributionHook(WeightHook):
         Collective over the world where torch.distributed is initialised: returns when all ranks have written.
         """
         super().dump_activations_logs(activation_hooks, activations_log_dir, args)
-        rank_files.dump_channel_importance(activation_hooks, Path(activations_log_dir), args)
+        published.dump_channel_importance(activation_hooks, Path(activations_log_dir), args)

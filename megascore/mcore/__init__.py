@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megascore.mcore.without_triton import triton_stand_in
+from megascore.mcore.cpu.without_triton import triton_stand_in
 
 __all__ = [
     "MegatronBlockSimilarityHook",
@@ -51,8 +51,9 @@ with _importing_megatron():
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.pipeline_parallel  # noqa: F401
 
-from megascore.mcore.expert_hooks import MegatronRoutedL2NormHook, MegatronRouterWeightedNormHook  # noqa: E402
-from megascore.mcore.hooks import (  # noqa: E402
+from megascore.mcore.pipeline.layer_inputs import capture_layer_inputs  # noqa: E402
+from megascore.mcore.sites.expert_hooks import MegatronRoutedL2NormHook, MegatronRouterWeightedNormHook  # noqa: E402
+from megascore.mcore.sites.hooks import (  # noqa: E402
     MegatronBlockSimilarityHook,
     MegatronIndependentChannelContributionHook,
     MegatronIndependentKvHeadContributionHook,
@@ -60,4 +61,3 @@ from megascore.mcore.hooks import (  # noqa: E402
     MegatronL2NormHook,
     MegatronLayerNormContributionHook,
 )
-from megascore.mcore.layer_inputs import capture_layer_inputs  # noqa: E402

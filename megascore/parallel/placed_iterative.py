@@ -11,7 +11,7 @@ from torch import Tensor
 from megascore.hooks import IterativeChannelContributionHook
 from megascore.hooks.statistics import Merge, Statistic
 from megascore.parallel.axes import Axis, Placement, Role
-from megascore.parallel.placed_hook import PlacedHook
+from megascore.parallel.placed import PlacedHook
 
 __all__ = ["PlacedIterativeHook"]
 

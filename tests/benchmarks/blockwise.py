@@ -29,8 +29,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from launch import smollm2
-from megascore.scoring.config import DataConfig
-from megascore.scoring.data import load_samples
+from megascore.config import DataConfig
+from megascore.data import load_samples
 
 WAYS = {
     "full pass": {},

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import smollm2
-from megascore.scoring.score_file import load_scores
+from megascore.scores.score_file import load_scores
 
 RANK = """
 import json, resource, sys, time
@@ -41,9 +41,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 import torch
-from megascore.mcore.build import load_model
-from megascore.mcore.world import parallel_world
-from megascore.scoring.config import ModelConfig, ParallelConfig
+from megascore.mcore.models.build import load_model
+from megascore.mcore.world.parallel_world import parallel_world
+from megascore.config import ModelConfig, ParallelConfig
 from tests.mcore.torch_dist import save_torch_dist, training_args
 model, folder = map(Path, sys.argv[1:])
 cpu, whole = torch.device("cpu"), ParallelConfig()

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megascore.config import RunConfig
 from megascore.hooks import (
     ForwardHook,
     IndependentChannelContributionHook,
@@ -29,9 +30,8 @@ from megascore.hooks import (
 from megascore.hooks.block_similarity import BlockSimilarityHook
 from megascore.parallel.axes import Placement
 from megascore.parallel.merge import Part, merge_over_world
-from megascore.scoring.checkpoint_folder import CheckpointFolder
-from megascore.scoring.config import RunConfig
-from megascore.scoring.snapshot import Snapshot
+from megascore.resume.folder import CheckpointFolder
+from megascore.resume.snapshot import Snapshot
 
 REPEATS = 5
 

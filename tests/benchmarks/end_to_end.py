@@ -29,11 +29,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import megascore
-from megascore.mcore.build import build_model
-from megascore.mcore.huggingface.config import read_config
-from megascore.mcore.schedule import forward_only
-from megascore.mcore.world import local_device, parallel_world
-from megascore.scoring.config import ParallelConfig
+from megascore.config import ParallelConfig
+from megascore.mcore.models.build import build_model
+from megascore.mcore.pipeline.schedule import forward_only
+from megascore.mcore.world.parallel_world import local_device, parallel_world
+from megascore.weights.huggingface.config import read_config
 from tests.benchmarks.hooks import published_hooks
 
 LLAMA_3_8B = {

@@ -116,7 +116,7 @@ def test_nobody_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(_: int) -> None:
         raise AssertionError("synced")
 
-    monkeypatch.setattr("megascore.files.os.fsync", refuse)
+    monkeypatch.setattr("megascore.files.whole.os.fsync", refuse)
     store = SpoolStore(tmp_path)
     store.put("a", torch.ones(3))
     assert torch.equal(store.get("a", "cpu"), torch.ones(3))

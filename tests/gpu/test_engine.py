@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import megascore
 from megascore.capture.stores import HostStore
 from megascore.hooks import IndependentChannelContributionHook, IndependentKvHeadContributionHook, L2NormHook
-from megascore.hooks.products import product
-from megascore.scoring.evaluation import Evaluation
+from megascore.kernels.products import product
+from megascore.runs.evaluation import Evaluation
 from tests.gpu.test_models import EXPERTS, assert_near, megatron, score_chunks
-from tests.mcore.resumable import assert_same_scores, make_job
+from tests.job.resumable import assert_same_scores, make_job
 from tests.models import save_checkpoint
 from tests.pool import WorkerPool
 
@@ -37,7 +37,7 @@ def engine() -> Any:
 def test_the_output_of_a_fused_norm_is_computed_again_as_the_kernel_does(
     normalization: str, zero_centered: bool, engine: Any, device: torch.device
 ) -> None:
-    from megascore.mcore.fused_norm import fused_norm_output, has_fused_norm
+    from megascore.mcore.sites.fused_norm import fused_norm_output, has_fused_norm
 
     layer = engine.LayerNormLinear(
         WIDTH,
@@ -92,8 +92,8 @@ def test_products_keep_what_bfloat16_would_round(dtypes: tuple[torch.dtype, torc
 
 
 def score_moe(checkpoint: str, device: torch.device, dtype: str) -> dict[str, Tensor]:
-    from megascore.mcore.build import load_model
-    from megascore.scoring.config import ModelConfig, ParallelConfig
+    from megascore.config import ModelConfig, ParallelConfig
+    from megascore.mcore.models.build import load_model
 
     def build() -> list[Any]:
         return load_model(ModelConfig(hf=checkpoint, dtype=dtype), ParallelConfig(), device, 64)

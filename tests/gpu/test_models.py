@@ -16,8 +16,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import megascore
+from megascore.config import ModelConfig, ParallelConfig, load_config
 from megascore.environment import look_around
-from megascore.scoring.config import ModelConfig, ParallelConfig, load_config
 from tests.gpu.conftest import sync_debug_mode
 from tests.mcore.expert_model import Variant, build_expert_model
 from tests.mcore.oracle import all_scores
@@ -52,7 +52,7 @@ def make_tokens() -> Tensor:
 @contextmanager
 def megatron(device: torch.device) -> Iterator[None]:
     """A world of one with Megatron's groups: with NCCL on a GPU, in the pool's on the CPU."""
-    from megascore.mcore.world import parallel_world
+    from megascore.mcore.world.parallel_world import parallel_world
 
     with parallel_world(ParallelConfig(), device, timedelta(seconds=120)):
         yield
@@ -61,7 +61,7 @@ def megatron(device: torch.device) -> Iterator[None]:
 def score_chunks(
     build: Callable[[], list[Any]], device: torch.device, scores: list[dict[str, Any]]
 ) -> dict[str, Tensor]:
-    from megascore.mcore.schedule import forward_only
+    from megascore.mcore.pipeline.schedule import forward_only
 
     with megatron(device):
         chunks = build()
@@ -72,7 +72,7 @@ def score_chunks(
 
 
 def score_checkpoint(checkpoint: str, device: torch.device, dtype: str) -> dict[str, Tensor]:
-    from megascore.mcore.build import load_model
+    from megascore.mcore.models.build import load_model
 
     def build() -> list[Any]:
         return load_model(ModelConfig(hf=checkpoint, dtype=dtype), ParallelConfig(), device, LENGTH)
@@ -112,7 +112,7 @@ def assert_near(scores: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 def test_local_layers_score_as_on_the_cpu(
     dtype: str, checkpoint: str, on_cpu: dict[str, Tensor], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megascore.mcore import spec
+    from megascore.mcore.models import spec
 
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: False)
     assert_near(score_checkpoint(checkpoint, device, dtype), on_cpu, DTYPE_TOLERANCE[dtype])
@@ -191,7 +191,7 @@ def test_a_hugging_face_model_scores_as_on_the_cpu(checkpoint: str, device: torc
 
 @pytest.mark.parametrize("library", ["Hugging Face", "Megatron"])
 def test_scoring_adds_no_wait_to_a_forward_pass(library: str, checkpoint: str, device: torch.device) -> None:
-    from megascore.mcore.build import load_model
+    from megascore.mcore.models.build import load_model
 
     tokens = make_tokens().to(device)
     positions = torch.arange(LENGTH, device=device).expand(NUM_SAMPLES, -1)
@@ -223,8 +223,8 @@ def test_scoring_adds_no_wait_to_a_forward_pass(library: str, checkpoint: str, d
 
 
 def test_a_job_runs_saves_and_goes_on_in_bfloat16(tmp_path: Path) -> None:
-    from megascore.mcore.job import run_job
-    from tests.mcore.resumable import NUM_STEPS, make_job
+    from megascore.job.job import run_job
+    from tests.job.resumable import NUM_STEPS, make_job
 
     job = make_job(tmp_path / "job", tmp_path, dtype="bfloat16")
     shown = io.StringIO()
@@ -265,9 +265,9 @@ BLOCKWISE_TOLERANCE = {"float64": 1e-9, "bfloat16": 1e-6}
 def test_a_job_that_runs_layer_by_layer_gives_the_scores_of_a_full_pass(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megascore.mcore import spec
-    from megascore.mcore.job import run_job
-    from tests.mcore.resumable import assert_same_scores, make_job
+    from megascore.job.job import run_job
+    from megascore.mcore.models import spec
+    from tests.job.resumable import assert_same_scores, make_job
 
     if dtype == "float64":
         # Transformer Engine has no kernels for it.

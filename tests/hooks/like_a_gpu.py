@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megascore.hooks import exact, products
+from megascore.kernels import exact, products
 
 __all__ = ["ELSEWHERE", "Watch", "like_a_gpu"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megascore.hooks import kernels
+from megascore.kernels import reductions
 from tests.hooks.cases import (
     CASES,
     ITERATIVE,
@@ -113,7 +113,7 @@ def test_same_samples_in_other_batches_give_the_same_mean(case: Case, dtype: tor
 @every_class
 def test_scratch_smaller_than_the_data_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (1, 700):
-        monkeypatch.setattr(kernels, "CPU_SCRATCH_BYTES", size)
+        monkeypatch.setattr(reductions, "CPU_SCRATCH_BYTES", size)
         monkeypatch.setattr("megascore.hooks.contributions.CHUNK_BYTES", size)
         monkeypatch.setattr("megascore.hooks.contributions.BLOCK_BYTES", size)
         monkeypatch.setattr("megascore.hooks.kv_head.CHUNK_BYTES", size)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megascore.scoring.config import JobConfig, load_config
-from megascore.scoring.data import num_steps
-from megascore.scoring.dry_run import DryRun
-from megascore.scoring.dry_run_report import format_bytes, render_dry_run
-from megascore.scoring.recipes import check_iterations, resolve_scores
+from megascore.config import JobConfig, load_config
+from megascore.data import num_steps
+from megascore.job.dry_run_report import format_bytes, render_dry_run
+from megascore.job.planned import DryRun
+from megascore.sites.requests import check_iterations, resolve_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "launch" / "configs"
@@ -121,7 +121,7 @@ Plans = Callable[[str], tuple[JobConfig, DryRun]]
 @pytest.fixture(scope="module")
 def plan() -> Plans:
     """Dry runs by the name of the example; each is made once."""
-    from megascore.mcore.dry_run import dry_run
+    from megascore.job.dry_run import dry_run
 
     plans: dict[str, tuple[JobConfig, DryRun]] = {}
 

@@ -45,10 +45,10 @@ def run_example(name: str, *arguments: str) -> None:
 
 def score_plainly(checkpoint: str, scores: list[dict[str, Any]] | None) -> dict[str, Tensor]:
     """Score with Megatron on one process, in this package's own loop."""
-    from megascore.mcore.build import load_model
-    from megascore.mcore.schedule import forward_only
-    from megascore.mcore.world import parallel_world
-    from megascore.scoring.config import ModelConfig, ParallelConfig
+    from megascore.config import ModelConfig, ParallelConfig
+    from megascore.mcore.models.build import load_model
+    from megascore.mcore.pipeline.schedule import forward_only
+    from megascore.mcore.world.parallel_world import parallel_world
 
     cpu, demo = torch.device("cpu"), example("demo")
     with parallel_world(ParallelConfig(), cpu, timedelta(seconds=60)):
@@ -122,7 +122,7 @@ def run_until_preempted(checkpoint: str, output: str) -> str:
 
     import torch.distributed as dist
 
-    from megascore.scoring.run import ScoringRun
+    from megascore.runs.scoring_run import ScoringRun
 
     step = ScoringRun.step
 

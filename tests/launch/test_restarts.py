@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megascore.scoring.status import read_status
-from tests.mcore.resumable import Job, make_job
+from megascore.resume.progress_file import read_status
+from tests.job.resumable import Job, make_job
 from tests.pool import WORKER_ENVIRONMENT
 
 PROJECT = Path(__file__).parents[2]

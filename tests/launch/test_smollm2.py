@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import smollm2
-from megascore.scoring.config import DataConfig
-from megascore.scoring.data import load_samples
+from megascore.config import DataConfig
+from megascore.data import load_samples
 
 TEXT = Path("launch/text/northanger_abbey.txt")
 

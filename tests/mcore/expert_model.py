@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megascore.scoring.config import ParallelConfig
+from megascore.config import ParallelConfig
 
 __all__ = ["NUM_EXPERTS", "SIZES", "UNREACHABLE", "Variant", "build_expert_model", "experts_spec"]
 
@@ -97,8 +97,8 @@ def _block_spec(config: Any, variant: Variant) -> Any:
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     from megascore.mcore.compat import submodules_of
-    from megascore.mcore.context_parallel import GatheringAttention
-    from megascore.mcore.spec import TorchNorm
+    from megascore.mcore.models.spec import TorchNorm
+    from megascore.mcore.world.context_parallel import GatheringAttention
 
     dense = get_gpt_layer_local_spec(normalization="RMSNorm")
     moe = get_gpt_layer_local_spec(num_experts=NUM_EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")

@@ -13,10 +13,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megascore.mcore.build import load_model
-from megascore.mcore.schedule import forward_only
-from megascore.mcore.world import parallel_world
-from megascore.scoring.config import ModelConfig, ParallelConfig
+from megascore.config import ModelConfig, ParallelConfig
+from megascore.mcore.models.build import load_model
+from megascore.mcore.pipeline.schedule import forward_only
+from megascore.mcore.world.parallel_world import parallel_world
 from tests.models import reference_logits, save_checkpoint
 from tests.pool import WorkerPool
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from megascore.mcore.gpt import build_gpt
-from megascore.mcore.huggingface.architecture import architecture_of
-from megascore.mcore.huggingface.config import read_config
-from megascore.mcore.huggingface.load import load_weights
-from megascore.scoring.config import ParallelConfig
+from megascore.config import ParallelConfig
+from megascore.mcore.models.gpt import build_gpt
+from megascore.mcore.models.load_huggingface import load_weights
+from megascore.weights.huggingface.architecture import architecture_of
+from megascore.weights.huggingface.config import read_config
 
 CHECKPOINT = "MEGASCORE_TEST_CHECKPOINT"
 """Environment variable with the Hugging Face directory that these functions build their models of."""

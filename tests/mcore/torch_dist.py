@@ -113,7 +113,7 @@ def move_common(folder: Path, common: Any = None) -> None:
 
 def training_args(directory: Path, **changes: Any) -> argparse.Namespace:
     """Return the command line that Megatron-LM would have been given for a model of the tests."""
-    from megascore.mcore.huggingface.config import read_config
+    from megascore.weights.huggingface.config import read_config
 
     config = read_config(directory)
     experts = config.experts

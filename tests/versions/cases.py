@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megascore.scoring.config import ModelConfig, ParallelConfig
+from megascore.config import ModelConfig, ParallelConfig
 from tests.mcore.expert_model import SIZES, Variant, build_expert_model
 from tests.pool import WorkerPool
 from tests.versions.jobs import run_jobs
@@ -63,9 +63,9 @@ def _score(layout: str, checkpoint: str) -> Iterator[tuple[str, Tensor]]:
     from megatron.core import parallel_state
 
     import megascore
-    from megascore.mcore.build import load_model
-    from megascore.mcore.schedule import forward_only
-    from megascore.mcore.world import parallel_world
+    from megascore.mcore.models.build import load_model
+    from megascore.mcore.pipeline.schedule import forward_only
+    from megascore.mcore.world.parallel_world import parallel_world
 
     degrees, variant = LAYOUTS[layout]
     parallel, cpu = ParallelConfig(**degrees), torch.device("cpu")

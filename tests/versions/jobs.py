@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megascore.scoring.config import ModelConfig, ParallelConfig
-from tests.mcore.resumable import Job, run_and_stop_on_rank, run_on_rank
+from megascore.config import ModelConfig, ParallelConfig
+from tests.job.resumable import Job, run_and_stop_on_rank, run_on_rank
 from tests.mcore.torch_dist import save_torch_dist, training_args
 from tests.models import SIZES, save_checkpoint
 from tests.pool import WorkerPool
@@ -133,8 +133,8 @@ def _make_job(folder: Path, inputs: Path, family: str, model: dict[str, str]) ->
 def _save_on_rank(inputs: Path, folder: Path) -> None:
     # First of all: it imports Megatron as a machine without GPU and triton can.
     import_module("megascore.mcore")
-    from megascore.mcore.build import load_model
-    from megascore.mcore.world import parallel_world
+    from megascore.mcore.models.build import load_model
+    from megascore.mcore.world.parallel_world import parallel_world
 
     cpu = torch.device("cpu")
     for family, parallel in SAVED_ON.items():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megascore.environment import SUPPORTED_MEGATRON
-from tests.mcore.resumable import Job, assert_same_scores
+from tests.job.resumable import Job, assert_same_scores
 from tests.pool import WorkerPool
 from tests.versions.cases import SCORES, score_cases
 from tests.versions.jobs import JOBS, MODELS, OWN, VersionJob, full_pass, run_job, write_inputs

@@ -1,0 +1,1 @@
+"""Scoring one block at a time: what feeds a block, weights that come and go, the loop over blocks."""

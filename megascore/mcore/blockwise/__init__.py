@@ -1,1 +1,0 @@
-"""Jobs that run one layer at a time over all samples, in any parallel layout."""

@@ -1,0 +1,55 @@
+"""Models for a loop of one's own, built and loaded in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megascore.config import ModelConfig, ParallelConfig
+from megascore.mcore.models.gpt import build_gpt
+from megascore.mcore.models.source import model_source
+from megascore.weights.huggingface.architecture import architecture_of
+from megascore.weights.huggingface.config import HuggingFaceModelConfig
+
+__all__ = ["build_model", "load_model"]
+
+
+def load_model(
+    config: ModelConfig, parallel: ParallelConfig, device: torch.device, max_sequence_length: int
+) -> list[Any]:
+    """Build the part of a model that this rank has, and load its weights.
+
+    Inside a `parallel_world`, on every rank; collective over the pipeline stages where embeddings are tied.
+
+    Args:
+        config: Where the model comes from, and its data type.
+        parallel: The layout that the parallel world was made with.
+        device: Device of this rank.
+        max_sequence_length: Longest sequence that will be run.
+
+    Returns:
+        The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining.
+
+    Raises:
+        ConfigError: nothing says where the model comes from.
+        ModelError: the checkpoint is missing, not supported, or does not hold the tensors that it should.
+        LayoutError: the model does not split so.
+    """
+    source = model_source(config)
+    source.check(parallel)
+    chunks = source.build(parallel, getattr(torch, config.dtype), device, max_sequence_length)
+    source.load(chunks)
+    return chunks
+
+
+def build_model(
+    hf_config: HuggingFaceModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_sequence_length: int,
+) -> list[GPTModel]:
+    """Build the part of a Hugging Face model that this rank has, as `build_gpt` does."""
+    return build_gpt(architecture_of(hf_config), parallel, dtype, device, max_sequence_length)

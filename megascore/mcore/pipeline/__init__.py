@@ -1,0 +1,1 @@
+"""Micro-batches through Megatron's pipeline schedules, whole or layer by layer."""

@@ -1,0 +1,1 @@
+"""Megatron models as scoring sees them: places, roles of parallel axes, hooks."""

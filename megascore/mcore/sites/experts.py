@@ -1,0 +1,230 @@
+"""Where a mixture-of-experts layer of Megatron-Core is scored: its routed experts and the channels inside them.
+
+Megatron multiplies by the router's weight inside an expert, between activation and output projection (or on the
+expert's input, with ``moe_apply_probs_on_input``). So the tensors seen here are weighted already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megascore.errors import LayoutError, ModelError
+from megascore.mcore.sites.expert_hooks import MegatronRoutedL2NormHook, MegatronRouterWeightedNormHook
+from megascore.mcore.sites.masks import DispatchedMask, rows_of_expert
+from megascore.mcore.world.groups import DenseGroups, ExpertGroups
+from megascore.parallel.axes import Axis, Placement, Role, Shard
+from megascore.parallel.placed import PlacedHook
+from megascore.sites.places import LocalMask, Place, PlaceKind, Reader, first_tensor
+
+__all__ = ["ExpertPlace", "build_expert_hook", "expert_facts", "expert_layout", "expert_places"]
+
+PADDING = (
+    "moe_pad_expert_input_to_capacity",
+    "moe_router_padding_for_quantization",
+    "moe_router_padding_for_fp8",
+    "moe_expert_rank_capacity_factor",
+    "moe_use_grouped_tensor",
+    "fp8",
+    "fp4",
+)
+"""Fields of Megatron's ``TransformerConfig``, each of some versions, with which experts are given more than tokens."""
+
+
+@dataclass(frozen=True)
+class ExpertPlace(Place):
+    """A place inside a layer of routed experts, which has axes of its own."""
+
+    groups: ExpertGroups
+
+
+def expert_places(
+    moe_layer: MoELayer, name: str, path: str, dense: DenseGroups, local_mask: LocalMask
+) -> Iterator[ExpertPlace]:
+    """Yield the places of a layer's routed experts that live on this rank: all experts together, then each one's FFN.
+
+    Args:
+        moe_layer: The layer.
+        name: Its global name, ``decoder.layers.{number}.mlp``.
+        path: Its name in this rank's module tree.
+        dense: Groups of the dense layers around it.
+        local_mask: Mask of the hidden states that the layer is given.
+
+    Raises:
+        LayoutError: the experts do not split evenly.
+    """
+    experts, groups = moe_layer.experts, ExpertGroups.of(moe_layer, dense)
+    copies = _copies_of_tokens(moe_layer.config, dense)
+    num_local, num_global = int(moe_layer.num_local_experts), int(moe_layer.config.num_moe_experts)
+    first = groups.axis("ep").rank * num_local
+    if num_local * groups.axis("ep").size != num_global:
+        raise LayoutError(
+            f"{name} has {num_local} experts on this rank of {groups.axis('ep').size} expert-parallel ones, "
+            f"which is not {num_global} experts in all."
+        )
+    together = Placement.whole(num_global, _roles(groups, ep=Role.SUM, etp=Role.SAME), copies)
+    read = _read_all_experts(first, num_local)
+    masks = DispatchedMask(moe_layer, name, local_mask)
+    common: dict[str, Any] = {"groups": groups, "mask_follower": masks}
+    yield ExpertPlace(
+        PlaceKind.ROUTED_EXPERTS,
+        f"{name}.experts",
+        experts,
+        f"{path}.experts",
+        together,
+        read,
+        local_mask=masks.of_layer,
+        **common,
+    )
+    inside = _place_inside_expert(moe_layer.config, groups, copies)
+    for position, (module_name, module, read) in enumerate(_projections(experts, num_local)):
+        expert_name = f"{name}.experts.{first + position}.linear_fc2"
+        local_name = f"{path}.experts{module_name}"
+        yield ExpertPlace(
+            PlaceKind.ROUTED_EXPERT_PROJECTION,
+            expert_name,
+            module,
+            local_name,
+            inside,
+            read,
+            local_mask=masks.of_expert(position),
+            **common,
+        )
+
+
+def build_expert_hook(place: ExpertPlace, config: TransformerConfig) -> PlacedHook:
+    """Return a fresh hook at a place inside routed experts.
+
+    Raises:
+        ModelError: the model gives experts tokens that are none, so that they cannot be counted.
+    """
+    padded = [name for name in PADDING if getattr(config, name, None)]
+    if padded:
+        raise ModelError(
+            f"{place.name}: with {', '.join(padded)} set, experts are given padding that cannot be told from tokens. "
+            "Set it to False (None where it is a number or a name) in the TransformerConfig to score experts."
+        )
+    routed = place.kind is PlaceKind.ROUTED_EXPERTS
+    hook: PlacedHook = MegatronRouterWeightedNormHook() if routed else MegatronRoutedL2NormHook()
+    hook.put(place.placement, place.groups.larger_than_one("ep", "etp", "edp"), place.device)
+    return hook
+
+
+def expert_facts(config: TransformerConfig) -> Mapping[str, Any]:
+    """Return the sizes of a model's experts; empty for a dense model."""
+    if not config.num_moe_experts:
+        return {}
+    return {
+        "num_experts": config.num_moe_experts,
+        "experts_per_token": config.moe_router_topk,
+        "expert_ffn_size": config.moe_ffn_hidden_size,
+        "shared_expert_ffn_size": config.moe_shared_expert_intermediate_size or 0,
+    }
+
+
+def expert_layout(config: TransformerConfig) -> Mapping[str, int]:
+    """Return the degrees of the expert axes; empty for a dense model."""
+    if not config.num_moe_experts:
+        return {}
+    return {"expert": config.expert_model_parallel_size, "expert_tensor": config.expert_tensor_parallel_size}
+
+
+def _copies_of_tokens(config: TransformerConfig, dense: DenseGroups) -> int:
+    """Return how often each token reaches its experts.
+
+    Without sequence parallelism all tensor-parallel ranks hold the same tokens, and each sends all of them.
+    """
+    return 1 if config.sequence_parallel else dense.axis("tp").size
+
+
+def _roles(groups: ExpertGroups, ep: Role, etp: Role) -> tuple[tuple[Axis, Role], ...]:
+    return (
+        (groups.axis("ep"), ep),
+        (groups.axis("etp"), etp),
+        (groups.axis("edp"), Role.SUM),
+        (groups.axis("pp"), Role.OWN),
+    )
+
+
+def _place_inside_expert(config: TransformerConfig, groups: ExpertGroups, copies: int) -> Placement:
+    etp, total = groups.axis("etp"), int(config.moe_ffn_hidden_size)
+    if total % etp.size:
+        raise LayoutError(f"moe_ffn_hidden_size {total} does not split over {etp.size} expert-tensor-parallel ranks.")
+    local = total // etp.size
+    roles = _roles(groups, ep=Role.OWN, etp=Role.SHARD)
+    return Placement(Shard(etp.rank * local, local, total), roles, copies)
+
+
+def _projections(experts: nn.Module, num_local: int) -> Iterator[tuple[str, nn.Module, Reader]]:
+    """Yield name, module and reader for the input of each local expert's output projection; none of unknown classes."""
+    if hasattr(experts, "local_experts"):  # SequentialMLP
+        for position, expert in enumerate(experts.local_experts):  # type: ignore[arg-type]
+            yield f".local_experts.{position}.linear_fc2", expert.linear_fc2, _read_linear
+    elif hasattr(experts, "linear_fc2"):  # TEGroupedMLP
+        for position in range(num_local):
+            yield ".linear_fc2", experts.linear_fc2, _read_grouped_linear(position)  # type: ignore[misc]
+    elif hasattr(experts, "weight1"):  # GroupedMLP
+        for position in range(num_local):
+            yield "", experts, _read_grouped_weights(experts, position)
+
+
+def _read_all_experts(first: int, num_local: int) -> Reader:
+    """Return a reader of an experts module: the expert of each token [T] int64, and the weighted outputs [T, H]."""
+
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+        outputs = first_tensor(output)
+        # The counts are on the CPU; this way neither they nor the number of tokens make the host wait.
+        counts = torch.as_tensor(_argument(args, kwargs, 1, "tokens_per_expert"))
+        if counts.device.type == "cpu" and int(counts.sum()) != len(outputs):
+            raise ModelError(
+                f"experts {first} to {first + num_local - 1} return {len(outputs)} rows for {int(counts.sum())} "
+                "tokens: they are given padding that cannot be told from tokens. Set what pads them in the "
+                "TransformerConfig to False, or leave experts out of the scores."
+            )
+        counts = counts.to(outputs.device, non_blocking=True)
+        numbers = torch.arange(first, first + num_local, device=outputs.device)
+        return torch.repeat_interleave(numbers, counts, output_size=len(outputs)), outputs
+
+    return read
+
+
+def _read_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    return args[0], first_tensor(output)
+
+
+def _read_grouped_linear(position: int) -> Reader:
+    """Return a reader of one expert's part of Transformer Engine's grouped linear layer, called ``(x, m_splits)``."""
+
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+        tokens = rows_of_expert(position, _argument(args, kwargs, 1, "m_splits"))
+        return args[0][tokens], first_tensor(output)[tokens]
+
+    return read
+
+
+def _read_grouped_weights(experts: nn.Module, position: int) -> Reader:
+    """Return a reader of one expert of Megatron's GroupedMLP, whose intermediate activations never leave its kernels.
+
+    They are computed again, at the cost of the expert's first projection; the model's own pass stays.
+    """
+
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+        tokens = rows_of_expert(position, _argument(args, kwargs, 1, "tokens_per_expert"))
+        hidden, weights = args[0][tokens], _argument(args, kwargs, 2, "permuted_probs")[tokens].unsqueeze(-1)
+        config: Any = experts.config
+        if config.moe_apply_probs_on_input:
+            hidden, weights = (weights * hidden).to(hidden.dtype), torch.ones_like(weights)
+        weight1: Tensor = experts.weight1.view(experts.num_local_experts, config.hidden_size, -1)  # type: ignore
+        return experts.activation_func_with_probs(hidden @ weight1[position], weights), first_tensor(output)[tokens]  # type: ignore
+
+    return read
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs[name]

@@ -1,0 +1,233 @@
+"""A Megatron-Core model as scoring sees it: its modules under global names, with the roles of the parallel axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megascore.errors import ModelError
+from megascore.hooks import ForwardHook
+from megascore.mcore.compat import replays_graphs, runs_fused
+from megascore.mcore.sites.experts import ExpertPlace, build_expert_hook, expert_facts, expert_layout, expert_places
+from megascore.mcore.sites.fused_norm import fused_norm_output, has_fused_norm
+from megascore.mcore.sites.hooks import build_hook
+from megascore.mcore.sites.masks import SequenceMask
+from megascore.mcore.sites.placement import place_hidden_states, place_kv_heads, place_row_parallel_input
+from megascore.mcore.world.groups import DenseGroups
+from megascore.sites.places import Place, PlaceKind, Reader, first_tensor
+from megascore.sites.requests import ScoreRequest
+
+__all__ = ["MegatronModelView"]
+
+
+class MegatronModelView:
+    """The decoder of a Megatron-Core model: all its chunks on this rank, wrapped or not.
+
+    A rank whose part of the model has no decoder layers has no places, and takes part all the same.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        """Find the decoder blocks and the process groups they were built with."""
+        self.modules = tuple(chunks)
+        self._blocks = [
+            (chunk_name, name, module)
+            for chunk_name, chunk in _named_chunks(chunks)
+            for name, module in chunk.named_modules()
+            if isinstance(module, TransformerBlock)
+        ]
+        parts = [block for _, _, block in self._blocks] or [module for chunk in chunks for module in chunk.modules()]
+        built = next((part for part in parts if isinstance(getattr(part, "config", None), TransformerConfig)), None)
+        if built is None:
+            names = ", ".join(type(chunk).__name__ for chunk in chunks)
+            raise ModelError(f"{names}: no module was built with a Megatron-Core TransformerConfig.")
+        self._config: TransformerConfig = built.config
+        self._never_called = {
+            id(part)
+            for _, _, block in self._blocks
+            for owner in block.modules()
+            if runs_fused(owner)
+            for part in owner.modules()
+            if part is not owner
+        }
+        self._groups = DenseGroups.of(built)
+        context = self._groups.axis("cp")
+        self._mask = SequenceMask(context)
+        """Of the inputs of row-parallel linear layers, which have what context parallelism leaves of a sequence."""
+        self._mask_of_hidden_states = SequenceMask(
+            context, self._groups.axis("tp") if self._sequence_parallel else None
+        )
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Sizes of the model, from its TransformerConfig."""
+        config = self._config
+        return {
+            "num_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_query_groups,
+            "head_dim": config.kv_channels,
+            "ffn_hidden_size": config.ffn_hidden_size,
+            **expert_facts(config),
+        }
+
+    @property
+    def unknown(self) -> Sequence[str]:
+        """Layers, attentions and MLPs on this rank that are not Megatron-Core's own."""
+        found = []
+        for _, _, block in self._blocks:
+            for position, layer in enumerate(block.layers):
+                name = f"decoder.layers.{getattr(layer, 'layer_number', position + 1) - 1}"
+                if not isinstance(layer, TransformerLayer):
+                    found.append(f"{name}: {type(layer).__name__}")
+                    continue
+                if not hasattr(layer.self_attention, "linear_proj"):
+                    found.append(f"{name}.self_attention: {type(layer.self_attention).__name__}")
+                if not isinstance(layer.mlp, (MLP, MoELayer)):
+                    found.append(f"{name}.mlp: {type(layer.mlp).__name__}")
+        return found
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """Degrees of the parallel axes; those of experts where there are some."""
+        names = {"tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp"}
+        return {
+            **{name: self._groups.axis(axis).size for name, axis in names.items()},
+            "sequence": self._sequence_parallel,
+            "virtual_pipeline": len(self.modules),
+            **expert_layout(self._config),
+        }
+
+    @cached_property
+    def places(self) -> Sequence[Place]:
+        """All scorable modules on this rank."""
+        return tuple(self._find_places())
+
+    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
+        """Return a fresh hook for one score at ``place``.
+
+        Raises:
+            ModelError: the model never calls the module there, or gives it what can't be told from tokens.
+        """
+        if id(place.module) in self._never_called:
+            raise ModelError(
+                f"{place.name}: the model runs past this module, in fused operations of Transformer Engine. Build it "
+                "with use_transformer_engine_op_fuser=False (and use_grouped_gemm_for_shared_expert=False), or leave "
+                f"{request.target} out of the scores."
+            )
+        if isinstance(place, ExpertPlace):
+            return build_expert_hook(place, self._config)
+        hook = build_hook(request, place)
+        hook.put(place.placement, self._groups.larger_than_one("tp", "cp", "dp"), place.device)
+        return hook
+
+    @property
+    def _sequence_parallel(self) -> bool:
+        return bool(self._config.sequence_parallel) and self._groups.axis("tp").size > 1
+
+    def _find_places(self) -> Iterator[Place]:
+        if replays_graphs(self._config):
+            raise ModelError(
+                "this process has captured CUDA graphs of the model's layers (cuda_graph_impl='local'), and hooks in "
+                "them are not called: score in a process that has captured none, or with cuda_graph_impl='none'."
+            )
+        for chunk_name, block_name, block in self._blocks:
+            prefix = f"{chunk_name}{block_name}."
+            for position, layer in enumerate(block.layers):
+                if isinstance(layer, TransformerLayer):
+                    yield from self._places_of_layer(layer, f"{prefix}layers.{position}")
+            if getattr(block, "final_layernorm", None) is not None:
+                yield self._norm("decoder.final_layernorm", block.final_layernorm, f"{prefix}final_layernorm")
+
+    def _places_of_layer(self, layer: TransformerLayer, path: str) -> Iterator[Place]:
+        # layer_number counts from 1 over all (virtual) pipeline stages, whatever the position in this rank's list.
+        name = f"decoder.layers.{layer.layer_number - 1}"
+        yield self._hidden_states(PlaceKind.LAYER, name, layer, path, 1, _read_layer)
+        if hasattr(layer.self_attention, "linear_proj"):
+            yield self._linear(PlaceKind.ATTENTION_PROJECTION, name, layer, path, "self_attention.linear_proj")
+            yield self._kv_heads(name, layer.self_attention.linear_proj, f"{path}.self_attention.linear_proj")
+        if isinstance(layer.mlp, MLP):
+            yield self._linear(PlaceKind.FFN_PROJECTION, name, layer, path, "mlp.linear_fc2")
+        if isinstance(layer.mlp, MoELayer):
+            masks = self._mask_of_hidden_states
+            yield from expert_places(layer.mlp, f"{name}.mlp", f"{path}.mlp", self._groups, masks)
+            if layer.mlp.shared_experts is not None:
+                yield self._linear(
+                    PlaceKind.SHARED_EXPERT_PROJECTION,
+                    name,
+                    layer,
+                    path,
+                    "mlp.shared_experts.linear_fc2",
+                    communicates=not layer.mlp.shared_expert_overlap,
+                )
+        for norm, linear in (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1")):
+            module = getattr(layer, norm)
+            if not isinstance(module, IdentityOp):
+                yield self._norm(f"{name}.{norm}", module, f"{path}.{norm}")
+            elif (fused := _submodule(layer, linear)) is not None and has_fused_norm(fused):
+                yield self._norm(f"{name}.{norm}", fused, f"{path}.{linear}", _fused_norm_reader(fused))
+
+    def _linear(
+        self, kind: PlaceKind, name: str, layer: nn.Module, path: str, linear: str, *, communicates: bool = True
+    ) -> Place:
+        module = layer.get_submodule(linear)
+        placement = place_row_parallel_input(module, self._groups, communicates=communicates)
+        return Place(
+            kind, f"{name}.{linear}", module, f"{path}.{linear}", placement, _read_linear, local_mask=self._mask
+        )
+
+    def _kv_heads(self, name: str, linear: nn.Module, path: str) -> Place:
+        placement = place_kv_heads(self._config.num_query_groups, self._groups)
+        place_name = f"{name}.self_attention.linear_proj"
+        return Place(PlaceKind.KV_HEADS, place_name, linear, path, placement, _read_linear, local_mask=self._mask)
+
+    def _norm(self, name: str, module: nn.Module, path: str, read: Reader | None = None) -> Place:
+        return self._hidden_states(PlaceKind.NORM, name, module, path, self._config.hidden_size, read or _read_norm)
+
+    def _hidden_states(
+        self, kind: PlaceKind, name: str, module: nn.Module, path: str, num_channels: int, read: Reader
+    ) -> Place:
+        placement = place_hidden_states(num_channels, self._sequence_parallel, self._groups)
+        return Place(kind, name, module, path, placement, read, local_mask=self._mask_of_hidden_states)
+
+
+def _named_chunks(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for number, chunk in enumerate(chunks):
+        yield (f"{number}." if len(chunks) > 1 else ""), chunk
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    found = dict(module.named_modules()).get(path)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _read_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Return input and output (without the bias, where Megatron returns it beside) of a linear layer."""
+    return args[0], first_tensor(output)
+
+
+def _read_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Return the output of a norm twice: it is what is scored there."""
+    return first_tensor(output), first_tensor(output)
+
+
+def _fused_norm_reader(module: nn.Module) -> Reader:
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+        normalized = fused_norm_output(module, args[0])
+        return normalized, normalized
+
+    return read
+
+
+def _read_layer(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Return the hidden states before and after a layer."""
+    return (args[0] if args else kwargs["hidden_states"]), first_tensor(output)

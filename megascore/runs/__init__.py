@@ -1,0 +1,1 @@
+"""One scoring run over somebody's forward loop, and what it has found."""

@@ -1,0 +1,1 @@
+"""Score files: their content, reading and writing, rankings, tables and comparisons."""

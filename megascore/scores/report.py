@@ -1,0 +1,210 @@
+"""A score file as tables for people, 80 to 120 columns wide, on a terminal or in a log."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from megascore.scores.assemble import MODEL_SITE
+from megascore.scores.charts import Bar, Histogram, IndexList, format_ranges
+from megascore.scores.ranking import Ranking, rankings
+from megascore.scores.score_file import Scores
+
+__all__ = ["format_layout", "format_percent", "new_table", "render_scores", "titled"]
+
+_TARGET_TITLES = {
+    "ffn": "FFN channels",
+    "attention_heads": "attention heads",
+    "kv_heads": "KV heads",
+    "experts": "routed experts",
+    "expert_ffn": "FFN channels of each routed expert",
+    "shared_expert_ffn": "FFN channels of shared experts",
+    "hidden_size": "hidden features",
+    "layers": "layers",
+}
+
+
+def render_scores(scores: Scores, fraction: float = 0.25) -> RenderableType:
+    """Return what is in a score file for a rich console: the run, a table for each target, what no token reached.
+
+    Args:
+        scores: What to show.
+        fraction: Part of each ranking (0..1) whose first-to-go entries are named.
+
+    Raises:
+        ScoreFileError: the scores can't be ranked (see `rankings`).
+        ValueError: `fraction` is outside 0..1.
+    """
+    by_section: dict[tuple[str, str], list[Ranking]] = {}
+    for ranking in rankings(scores):
+        by_section.setdefault((ranking.target, ranking.method), []).append(ranking)
+    parts: list[RenderableType] = [_header(scores.metadata)]
+    for (target, _), section in by_section.items():
+        parts.append(_layer_chart(section[0], fraction) if target == "layers" else _site_table(section, fraction))
+    if by_section:
+        parts.append(_legend())
+    if scores.unseen:
+        parts.append(_unseen_list(scores))
+    return Group(*parts)
+
+
+def titled(title: str, table: Table) -> RenderableType:
+    """Return a table under its title, which may be wider than the table."""
+    return Group(Text(title, style="bold"), table)
+
+
+def new_table() -> Table:
+    """Return an empty table in the style of all reports."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
+    return table
+
+
+def format_percent(fraction: float) -> str:
+    """Return ``25 %`` for 0.25."""
+    return f"{fraction * 100:g} %"
+
+
+def format_layout(layout: dict[str, Any]) -> str:
+    """Return the axes larger than 1, such as ``tensor 3, sequence parallel``.
+
+    >>> format_layout({"tensor": 3, "pipeline": 1, "data": 2, "sequence": True})
+    'tensor 3, data 2, sequence parallel'
+    """
+    parts = [f"{axis} {size}" for axis, size in layout.items() if not isinstance(size, bool) and size != 1]
+    parts += ["sequence parallel"] if layout.get("sequence") else []
+    return ", ".join(parts) or "one process"
+
+
+def _header(metadata: dict[str, Any]) -> RenderableType:
+    model = metadata.get("model", {})
+    sizes = [
+        f"{label} {model[name]}"
+        for name, label in (
+            ("num_layers", "layers"),
+            ("hidden_size", "hidden"),
+            ("num_attention_heads", "heads"),
+            ("num_kv_heads", "KV heads"),
+            ("ffn_hidden_size", "FFN"),
+        )
+        if name in model
+    ]
+    seen = [f"{metadata[name]:,} {name[4:]}" for name in ("num_tokens", "num_samples", "num_steps") if name in metadata]
+    loss = metadata.get("loss")
+    rows = {
+        "model": str(model.get("name") or model.get("path") or "unnamed"),
+        "sizes": ", ".join(sizes),
+        "data": ", ".join(seen),
+        "loss": "" if loss is None else f"{loss:.4f} nats per token",
+        "layout": format_layout(metadata.get("layout", {})),
+        "written": f"{metadata['created']} by megascore {metadata['versions'].get('megascore') or '?'}",
+    }
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in rows.items():
+        if text:
+            grid.add_row(Text(name, style="dim"), Text(text))
+    return Panel(grid, title="megascore", title_align="left", expand=False)
+
+
+def _site_table(section: Sequence[Ranking], fraction: float) -> RenderableType:
+    first = section[0]
+    table = new_table()
+    table.add_column("layer", justify="right", no_wrap=True, overflow="crop")
+    for name in ("n", "min", "median", "max", "p90/p10"):
+        table.add_column(name, justify="right", no_wrap=True, overflow="crop")
+    table.add_column("spread", no_wrap=True, overflow="crop")
+    # Only this column gives way when the output is narrow.
+    table.add_column(f"first at {format_percent(fraction)}")
+    labels = ["all"] if first.site == MODEL_SITE else _site_labels([ranking.site for ranking in section])
+    for label, ranking in zip(labels, section, strict=True):
+        values = ranking.measured
+        low, median, high = (_format_score(float(v)) for v in (values.min(), values.median(), values.max()))
+        lowest = ranking.lowest(fraction)
+        going = IndexList(lowest) if lowest else Text("none", style="dim")
+        table.add_row(label, str(len(values)), low, median, high, _spread(values), Histogram(values), going)
+    return titled(f"{_title(first)} by {first.method}{_competition(first, fraction)}", table)
+
+
+def _competition(ranking: Ranking, fraction: float) -> str:
+    if ranking.groups == 1:
+        return ""
+    count = ranking.count_per_group(fraction)
+    text = f", inside each KV group of {ranking.group_size}"
+    if count == 0:
+        text += f"\n{format_percent(fraction)} of {ranking.group_size} is less than one head, so none goes"
+        text += f"; one of each group does from {math.ceil(100 / ranking.group_size)} %"
+    return text
+
+
+def _layer_chart(ranking: Ranking, fraction: float) -> RenderableType:
+    table = new_table()
+    for name in ("layer", "score", "place"):
+        table.add_column(name, justify="right", no_wrap=True, overflow="crop")
+    table.add_column(f"at {format_percent(fraction)}", no_wrap=True, overflow="crop")
+    table.add_column("")
+    order, lowest = ranking.ascending(), set(ranking.lowest(fraction))
+    places = {index: place for place, index in enumerate(order, start=1)}
+    top = max(float(ranking.measured.max()), 0.0) or 1.0
+    for layer, value in enumerate(ranking.values.tolist()):
+        if layer in ranking.unseen:
+            table.add_row(str(layer), "-", "-", "unseen", "")
+            continue
+        mark = Text("goes", style="bold") if layer in lowest else ""
+        table.add_row(str(layer), _format_score(value), str(places[layer]), mark, Bar(max(value, 0.0) / top))
+    return titled(f"{_title(ranking)} by {ranking.method}, low = can go", table)
+
+
+def _legend() -> RenderableType:
+    return Text(
+        "p90/p10: score of the 90th over that of the 10th percentile; 1 = all alike, so a cut can't choose well. "
+        "spread: histogram from min to max, logarithmic. n: measured entries. "
+        "first: how many would go, least important first.\n",
+        style="dim",
+    )
+
+
+def _unseen_list(scores: Scores) -> RenderableType:
+    table = new_table()
+    table.add_column("key", overflow="fold")
+    table.add_column("entries", overflow="fold")
+    for key, entry in scores.unseen.items():
+        table.add_row(key, "all" if entry == "all" else format_ranges(entry))
+    return titled("not measured, as no token reached it", table)
+
+
+def _title(ranking: Ranking) -> str:
+    return _TARGET_TITLES.get(ranking.target, ranking.target)
+
+
+def _site_labels(sites: Sequence[str]) -> list[str]:
+    """Return layer numbers where they tell the sites apart, and names otherwise."""
+    found = [re.match(r"decoder\.layers\.(\d+)\.", site) for site in sites]
+    numbers = [match[1] if match else site for site, match in zip(sites, found, strict=True)]
+    if len(set(numbers)) == len(sites):
+        return numbers
+    return [site.removeprefix("decoder.layers.") for site in sites]
+
+
+def _spread(values: torch.Tensor) -> str:
+    if len(values) < 2:
+        return "-"
+    low, high = torch.quantile(values, torch.tensor([0.1, 0.9], dtype=values.dtype)).tolist()
+    if low <= 0:
+        return "1" if high == low else "inf"
+    ratio = high / low
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.2g}"
+
+
+def _format_score(value: float) -> str:
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"

@@ -1,1 +1,0 @@
-"""One scoring run: config, data, sites, loop, score file and reports. Imports no model library."""

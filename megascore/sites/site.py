@@ -1,0 +1,180 @@
+"""Sites: one score at one place. Built from a model view and the scores asked for, and checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megascore.errors import LayoutError, ModelError
+from megascore.hooks import ForwardHook, Merge, State, Statistic
+from megascore.parallel.comm import gather_objects, world_size
+from megascore.parallel.merge import Part, Plan, agree_on_plan
+from megascore.sites.places import KIND_OF_TARGET, ModelView, Place, PlaceKind, check_covers_world
+from megascore.sites.requests import ScoreRequest
+
+__all__ = [
+    "SCORE",
+    "Site",
+    "build_sites",
+    "check_places",
+    "plan_of_scores",
+    "plan_of_states",
+    "present_requests",
+    "requests_present_in",
+]
+
+SCORE = "score"
+"""Name of the one result of a site that goes into the score file."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One score at one place of this rank."""
+
+    place: Place
+    request: ScoreRequest
+    hook: ForwardHook
+    unit_size: int
+    """Channels that are ranked as one: the head size where heads are ranked, else 1."""
+
+    @property
+    def key(self) -> str:
+        """Name in the score file: ``{place}/{target}/{method}``."""
+        return f"{self.place.name}/{self.request.target}/{self.request.method}"
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The hook's statistics in global terms."""
+        return self.hook.statistics(self.place.placement.shard.total)
+
+    @property
+    def score_statistic(self) -> Statistic:
+        """The finished score as something to merge: every rank that shares the place computes the same."""
+        num_units = self.place.placement.shard.total // self.unit_size
+        return Statistic(SCORE, (num_units,), merge=Merge.REPLICATED)
+
+    def part(self) -> Part:
+        """Return this rank's accumulators, to be merged."""
+        return Part(self.place.placement, self.statistics, self.hook.state)
+
+    def differences_from(self, saved: State) -> list[str]:
+        """Name every reason why a merged state can't be this site's."""
+        found = self.hook.differences_from(saved, self.place.placement.shard.total)
+        return [f"{self.key}: {difference}" for difference in found]
+
+    def restore(self, merged: State) -> None:
+        """Take this rank's part of a merged state: the parts of all ranks add up to it again."""
+        placement = self.place.placement
+        self.hook.restore({s.name: placement.local_part(s, merged[s.name]) for s in self.statistics})
+
+    def score(self, merged: State) -> Tensor:
+        """Return the finished score [units] float64 from merged statistics: norm2 over the channels of each unit."""
+        channels = self.hook.compute(merged)[SCORE].double()
+        return channels if self.unit_size == 1 else channels.view(-1, self.unit_size).norm(dim=1)
+
+
+def check_places(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
+    """Refuse a layout that can't be scored, before any hook is built. Not collective.
+
+    Raises:
+        LayoutError: a place leaves out a parallel axis, or its channels do not divide into heads.
+        ModelError: two places are one module.
+    """
+    _refuse_shared_modules(view)
+    for request, place in _wanted(view, requests):
+        check_covers_world(place, world_size())
+        _unit_size(view, request, place)
+
+
+def _refuse_shared_modules(view: ModelView) -> None:
+    names: dict[tuple[PlaceKind, int], str] = {}
+    for place in view.places:
+        # Where experts run as one grouped layer, each is a part of it, and its place reads that part.
+        if place.kind is PlaceKind.ROUTED_EXPERT_PROJECTION:
+            continue
+        first = names.setdefault((place.kind, id(place.module)), place.name)
+        if first != place.name:
+            raise ModelError(
+                f"{first} and {place.name} are one module: what runs through the one cannot be told from the other. "
+                "Give each its own copy (copy.deepcopy) while the model is scored."
+            )
+
+
+def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site, ...]:
+    """Return this rank's sites, their accumulators allocated: a rank that sees no data contributes zeros.
+
+    Collective over the ranks that hold parts of one weight, where a hook needs all of it: KV heads that are spread over
+    tensor-parallel ranks, and weights sharded by FSDP.
+    """
+    sites = []
+    for request, place in _wanted(view, requests):
+        hook = view.make_hook(request, place)
+        hook.allocate(place.placement.shard.length, place.device)
+        sites.append(Site(place, request, hook, _unit_size(view, request, place)))
+    return tuple(sites)
+
+
+def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:
+    """Return the requests without those that may be left out, and are for nothing that the model has.
+
+    Collective over the world.
+
+    Raises:
+        ModelError: on every rank, where no rank has a place for another one.
+    """
+    found = {kind for kinds in gather_objects({place.kind for place in view.places}) for kind in kinds}
+    return requests_present_in(found, requests)
+
+
+def requests_present_in(found: Collection[PlaceKind], requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:
+    """Return the requests that are for one of the kinds of places in a model, and complain of others that must be.
+
+    Not collective.
+
+    Raises:
+        ModelError: a request is for none of them, and may not be left out.
+    """
+    present = []
+    for request in requests:
+        if KIND_OF_TARGET[request.target] in found:
+            present.append(request)
+        elif not request.where_present:
+            raise ModelError(
+                f"target '{request.target}' matches no module on any rank: the model has no "
+                f"{KIND_OF_TARGET[request.target].value} that megascore knows. Drop it from 'scores'."
+            )
+    return tuple(present)
+
+
+def plan_of_states(sites: Sequence[Site]) -> Plan:
+    """Return the statistics of all sites in the world.
+
+    Collective over the world.
+
+    Raises:
+        LayoutError: ranks disagree about a site.
+    """
+    return agree_on_plan({site.key: site.statistics for site in sites})
+
+
+def plan_of_scores(sites: Sequence[Site]) -> Plan:
+    """Return the finished scores of all sites in the world. Collective over the world."""
+    return agree_on_plan({site.key: (site.score_statistic,) for site in sites})
+
+
+def _wanted(view: ModelView, requests: Sequence[ScoreRequest]) -> Iterator[tuple[ScoreRequest, Place]]:
+    for request in requests:
+        for place in view.places:
+            if place.kind is KIND_OF_TARGET[request.target]:
+                yield request, place
+
+
+def _unit_size(view: ModelView, request: ScoreRequest, place: Place) -> int:
+    if request.target != "attention_heads":
+        return 1
+    head_dim, total = int(view.facts["head_dim"]), place.placement.shard.total
+    if total % head_dim:
+        raise LayoutError(f"{place.name} has {total} input channels, not a multiple of the head size {head_dim}.")
+    return head_dim

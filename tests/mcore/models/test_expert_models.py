@@ -1,0 +1,116 @@
+"""Models with routed experts against transformers, on every layout. Tier: gloo processes, real Megatron on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megascore.config import ParallelConfig
+from megascore.mcore.models import spec
+from megascore.weights.huggingface.config import read_config
+from tests.mcore.expert_model import Variant, experts_spec
+from tests.mcore.logits import Expected, Output, relative_difference, run_models, run_one
+from tests.mcore.models.test_load import bytes_read
+from tests.models import reference_loss
+from tests.pool import WorkerPool
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {}),
+    "qwen3_moe with dense layers": ("qwen3_moe", {}),
+    "qwen3_moe, normalized": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 2}),
+    "mixtral, fused": ("mixtral", {"fused_experts": True}),
+    "qwen3_moe, fused": ("qwen3_moe", {"fused_experts": True, "sliding_window": 9, "use_sliding_window": True}),
+}
+LAYOUTS = {
+    "one process": (1, ParallelConfig()),
+    "tensor": (2, ParallelConfig(tensor=2)),
+    "expert": (2, ParallelConfig(expert=2)),
+    "expert tensor": (2, ParallelConfig(tensor=2, sequence=True, expert_tensor=2)),
+    "expert tensor over data": (2, ParallelConfig(expert_tensor=2)),
+    "pipeline": (2, ParallelConfig(pipeline=2, pipeline_layers=[3, 1])),
+    "tensor and expert": (2, ParallelConfig(tensor=2, sequence=True, expert=2)),
+    "expert, expert tensor and data": (4, ParallelConfig(tensor=2, sequence=True, expert=2, expert_tensor=2)),
+    "virtual pipeline and expert": (4, ParallelConfig(pipeline=2, virtual_pipeline=2, expert=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> Expected:
+    return Expected.of(MODELS, tmp_path_factory.mktemp("models"), world)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_loss_equal_those_of_transformers(
+    layout: str,
+    world: WorkerPool,
+    expected: Expected,
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    tokens = expected.tokens
+    ranks = world.run(world_size, run_models, expected.directories, parallel, tokens)
+    for name, reference in expected.logits.items():
+        having = [rank[name, "float32"] for rank in ranks if rank[name, "float32"].logits is not None]
+        assert having
+        for output in having:
+            assert output.logits is not None
+            # transformers computes norms and softmax in float32, whatever the model: 4 layers of its rounding.
+            assert relative_difference(output.logits, reference) < 5e-6, name
+            assert output.nats / output.num_tokens == pytest.approx(reference_loss(reference, tokens), rel=1e-6)
+        exact = [rank[name, "float64"] for rank in ranks if rank[name, "float64"].logits is not None]
+        alone = expected.on_one_process[name, "float64"]
+        assert alone.logits is not None
+        for output in exact:
+            assert output.logits is not None
+            # Megatron takes the router's softmax in float32: a sum in another order may round it to the next number.
+            assert relative_difference(output.logits, alone.logits) < 1e-7, name
+
+
+def test_each_rank_reads_only_its_experts(world: WorkerPool, expected: Expected) -> None:
+    directories = expected.directories
+    for name in ("mixtral", "mixtral, fused"):
+        tensors = load_file(directories[name] / "model.safetensors")
+        everything = sum(tensor.nbytes for tensor in tensors.values())
+        experts = sum(tensor.nbytes for key, tensor in tensors.items() if "experts." in key)
+        assert experts > everything / 2
+        assert world.run(1, bytes_read, directories[name], ParallelConfig()) == [everything]
+        assert world.run(2, bytes_read, directories[name], ParallelConfig(expert=2)) == [everything - experts // 2] * 2
+
+
+def test_layers_with_experts_are_those_that_transformers_has_them_in(expected: Expected) -> None:
+    def layers(name: str) -> str:
+        experts = read_config(expected.directories[name]).experts
+        assert experts is not None
+        return "".join(str(int(has_experts)) for has_experts in experts.layers)
+
+    assert layers("mixtral") == "1111"
+    assert layers("qwen3_moe with dense layers") == "1011"
+    assert layers("qwen3_moe, normalized") == "0101"
+
+
+def run_grouped(directory: Path, parallel: ParallelConfig, tokens: Tensor) -> Output:
+    """Run a model whose experts are one grouped layer, as with Transformer Engine, by a stand-in for that layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = spec.get_gpt_decoder_block_spec
+
+        def grouped(*args: Any, **kwargs: Any) -> Any:
+            block = original(*args, **kwargs)
+            for layer in block.layer_specs:
+                layer.submodules.mlp.submodules.experts = experts_spec(Variant(experts="te_grouped"), None)
+            return block
+
+        patch.setattr(spec, "get_gpt_decoder_block_spec", grouped)
+        return run_one(directory, parallel, tokens)
+
+
+def test_grouped_experts_are_loaded_as_the_others_are(world: WorkerPool, expected: Expected) -> None:
+    directory, tokens = expected.directories["mixtral"], expected.tokens
+    parallel = ParallelConfig(tensor=2, sequence=True, expert_tensor=2)
+    one_by_one = world.run(2, run_one, directory, parallel, tokens)[0].logits
+    at_once = world.run(2, run_grouped, directory, parallel, tokens)[0].logits
+    assert one_by_one is not None
+    assert at_once is not None
+    assert relative_difference(at_once, one_by_one) < 1e-12
