@@ -9,9 +9,7 @@ from typing import Any
 from torch import nn
 
 from megascore.errors import ModelError
-from megascore.hooks import ForwardHook
 from megascore.sites.places import ModelView, Place
-from megascore.sites.requests import ScoreRequest
 
 __all__ = ["PartView", "find_blocks", "places_by_block"]
 
@@ -39,10 +37,6 @@ class PartView:
     def layout(self) -> Mapping[str, Any]:
         """Degrees of the parallel axes."""
         return self.whole.layout
-
-    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        """Return a fresh hook for one score at ``place``."""
-        return self.whole.make_hook(request, place)
 
 
 def places_by_block(

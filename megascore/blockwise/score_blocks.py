@@ -27,7 +27,7 @@ from megascore.runs.results import Results, run_metadata
 from megascore.runs.scoring_run import ScoringRun
 from megascore.scores.assemble import assemble_scores
 from megascore.scores.score_file import Scores
-from megascore.sites.places import KIND_OF_TARGET, ModelView, Place
+from megascore.sites.places import ModelView, Place
 from megascore.sites.requests import ScoreRequest
 from megascore.sites.site import check_places, present_requests
 
@@ -175,14 +175,14 @@ class _Blockwise:
         kinds = {place.kind for place in places}
         requests: dict[int, list[ScoreRequest]] = {}
         for request, num_passes in self._num_passes.items():
-            if KIND_OF_TARGET[request.target] in kinds:
+            if request.kind in kinds:
                 requests.setdefault(num_passes, []).append(request)
         view = PartView(self._view, modules, places)
         with ExitStack() as stack:
             yield {n: stack.enter_context(ScoringRun(view, requests[n])) for n in sorted(requests)}
 
     def _wanted(self, places: Sequence[Place]) -> tuple[Place, ...]:
-        kinds = {KIND_OF_TARGET[request.target] for request in self._num_passes}
+        kinds = {request.kind for request in self._num_passes}
         return tuple(place for place in places if place.kind in kinds)
 
     def _last_needed(self) -> int:
@@ -235,7 +235,7 @@ def _num_passes(requests: Sequence[ScoreRequest], batches: Sequence[Any]) -> dic
     num_batches = len(batches)
     num_passes = {}
     for request in requests:
-        iterations = dict(request.options).get("iterations", num_batches)
+        iterations = request.num_steps or num_batches
         if iterations % num_batches:
             raise ConfigError(
                 f"score {request.target}/{request.method} has iterations={iterations}, and there are {num_batches} "

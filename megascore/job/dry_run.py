@@ -10,10 +10,11 @@ import torch
 from megascore.config import JobConfig
 from megascore.data import check_enough_samples, check_equal_shares
 from megascore.errors import ModelError
-from megascore.job.dry_run_of_layers import ViewOfEmptyLayers, memory_of_one_layer
+from megascore.job.dry_run_of_layers import memory_of_one_layer
 from megascore.job.inputs import check_files, check_model
 from megascore.job.layer_weights import build_for_blocks
 from megascore.job.planned import DryRun, RankGroup, RankPlan, group_ranks, plan_of_rank, samples_of_step
+from megascore.mcore.models.empty_layers import filled
 from megascore.mcore.models.layout import exchanges_tokens
 from megascore.mcore.models.source import ModelSource
 from megascore.mcore.pipeline.layers import layer_numbers, layers_in_order, order_of_layers
@@ -58,7 +59,7 @@ def _plan_together(config: JobConfig, requests: tuple[ScoreRequest, ...]) -> Dry
         num_samples = samples_of_step(view, config.run.global_batch_size)
         if config.run.blockwise:
             order_of_layers(view.modules)
-        own = agree("building the hooks", lambda: _plan(config, source, view, requests))
+        own = agree("building the hooks", lambda: _plan(config, source, view, requests, device))
         problems = check_files(config, source) if world_rank() == 0 else []
         planned = DryRun(group_ranks(gather_objects(own)), view.layout, num_samples, False, problems)
         # All ranks have the same plans, so they find the same.
@@ -78,7 +79,7 @@ def _pretend(config: JobConfig, requests: tuple[ScoreRequest, ...]) -> DryRun:
             layout, num_samples = dict(view.layout), samples_of_step(view, config.run.global_batch_size)
             if config.run.blockwise:
                 layers.append(layer_numbers(view.modules))
-            groups.append(RankGroup(ranks, _plan(config, source, view, requests)))
+            groups.append(RankGroup(ranks, _plan(config, source, view, requests, META)))
     if config.run.blockwise:
         layers_in_order(layers)
     planned = DryRun(tuple(groups), layout, num_samples, True, check_files(config, source))
@@ -100,17 +101,25 @@ def _build_without_memory(config: JobConfig, source: ModelSource) -> MegatronMod
 
 def _build(config: JobConfig, source: ModelSource, device: torch.device) -> MegatronModelView:
     if config.run.blockwise:
-        return ViewOfEmptyLayers(build_for_blocks(config, source, device), device)
+        return MegatronModelView(build_for_blocks(config, source, device))
     dtype = getattr(torch, config.model.dtype)
     return MegatronModelView(source.build(config.parallel, dtype, device, config.data.sequence_length))
 
 
 def _plan(
-    config: JobConfig, source: ModelSource, view: MegatronModelView, requests: tuple[ScoreRequest, ...]
+    config: JobConfig,
+    source: ModelSource,
+    view: MegatronModelView,
+    requests: tuple[ScoreRequest, ...],
+    device: torch.device,
 ) -> RankPlan:
     """Collective where building hooks is."""
-    plan = plan_of_rank(view, requests, samples_of_step(view, config.run.global_batch_size))
-    return replace(plan, one_layer=memory_of_one_layer(config, source, view)) if config.run.blockwise else plan
+    num_samples = samples_of_step(view, config.run.global_batch_size)
+    if not config.run.blockwise:
+        return plan_of_rank(view, requests, num_samples)
+    # Layers have weights, of no value, only while a hook is made for them.
+    plan = plan_of_rank(view, requests, num_samples, lambda module: filled(module, device))
+    return replace(plan, one_layer=memory_of_one_layer(config, source, view))
 
 
 def _check_rank(config: JobConfig, view: MegatronModelView, requests: tuple[ScoreRequest, ...]) -> None:

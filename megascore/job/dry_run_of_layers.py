@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from megascore.config import JobConfig
-from megascore.hooks import ForwardHook
 from megascore.job.layer_weights import whole_because
 from megascore.job.planned import OneLayer, samples_of_rank
-from megascore.mcore.models.empty_layers import filled
 from megascore.mcore.models.source import ModelSource
 from megascore.mcore.pipeline.layers import layers_of
 from megascore.mcore.sites.view import MegatronModelView
-from megascore.sites.places import Place
-from megascore.sites.requests import ScoreRequest
 
-__all__ = ["ViewOfEmptyLayers", "memory_of_one_layer"]
-
-
-class ViewOfEmptyLayers(MegatronModelView):
-    """A model whose layers have weights, of no value, only while a hook is made for them."""
-
-    def __init__(self, chunks: Sequence[nn.Module], device: torch.device) -> None:
-        """Find what the model has.
-
-        Args:
-            chunks: Of this rank, with layers that are empty or not.
-            device: The compute device.
-        """
-        super().__init__(chunks)
-        self._device = device
-
-    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        """Return a fresh hook for one score at ``place``; collective where making it is (see `build_sites`)."""
-        with filled(place.module, self._device):
-            return super().make_hook(request, place)
+__all__ = ["memory_of_one_layer"]
 
 
 def memory_of_one_layer(config: JobConfig, source: ModelSource, view: MegatronModelView) -> OneLayer:

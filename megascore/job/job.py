@@ -28,7 +28,7 @@ from megascore.resume.checkpointing import Checkpointer, CheckpointPlan
 from megascore.runs.scoring_run import ScoringRun
 from megascore.scores.report import render_scores
 from megascore.scores.score_file import Scores
-from megascore.sites.requests import check_iterations, resolve_scores
+from megascore.sites.requests import check_num_steps, resolve_scores
 
 __all__ = ["run_job"]
 
@@ -97,7 +97,7 @@ def _run(
         scores = run_blockwise(config, inputs, requests, device, console, checkpoints, snapshot)
         return _write(config, scores, console, checkpoints)
     chunks = agree("loading the model", lambda: _load_model(config, inputs, device))
-    agree("checking the scores", lambda: check_iterations(requests, inputs.total_steps))
+    agree("checking the scores", lambda: check_num_steps(requests, inputs.total_steps))
     with ScoringRun(MegatronModelView(chunks), requests, inputs.metadata(config)) as run:
         if snapshot is not None:
             run.restore(snapshot.states, snapshot.step)

@@ -29,7 +29,7 @@ from megascore.runs.progress import ScoringProgress
 from megascore.runs.results import Results, run_metadata
 from megascore.scores.assemble import assemble_scores
 from megascore.scores.score_file import Scores
-from megascore.sites.requests import ScoreRequest, check_iterations
+from megascore.sites.requests import ScoreRequest, check_num_steps
 from megascore.sites.site import check_places, present_requests
 
 __all__ = ["run_blockwise"]
@@ -60,7 +60,7 @@ def run_blockwise(
         Preempted: a signal came, and everything is saved.
     """
     model = agree("loading the model", lambda: load_for_blocks(config, inputs, device))
-    agree("checking the scores", lambda: check_iterations(requests, inputs.total_steps))
+    agree("checking the scores", lambda: check_num_steps(requests, inputs.total_steps))
     view = MegatronModelView(model.chunks)
     agree("looking for the modules to score", lambda: check_places(view, requests))
     requests = present_requests(view, requests)

@@ -11,7 +11,7 @@ from megascore.mcore.pipeline.layers import LayerOrder
 from megascore.mcore.sites.view import MegatronModelView
 from megascore.parallel.comm import gather_objects
 from megascore.runs.scoring_run import ScoringRun
-from megascore.sites.places import KIND_OF_TARGET, Place
+from megascore.sites.places import Place
 from megascore.sites.requests import ScoreRequest
 
 __all__ = ["ModelParts"]
@@ -30,14 +30,14 @@ class ModelParts:
         """
         self._view = view
         self._order = order
-        kinds = {KIND_OF_TARGET[request.target] for request in requests}
+        kinds = {request.kind for request in requests}
         wanted = [place for place in view.places if place.kind in kinds]
         own = [order.own_layer(layer) for layer in range(order.num_layers)]
         inside, self._outside = places_by_block(wanted, [layer or nn.Identity() for layer in own])
         self._inside = [tuple(places) for places in inside]
         found = gather_objects([{place.kind for place in places} for places in (*self._inside, self._outside)])
         everywhere = [set[object]().union(*ranks) for ranks in zip(*found, strict=True)]
-        by_part = [tuple(r for r in requests if KIND_OF_TARGET[r.target] in kinds) for kinds in everywhere]
+        by_part = [tuple(r for r in requests if r.kind in kinds) for kinds in everywhere]
         self._requests, self.requests_outside = by_part[:-1], by_part[-1]
 
     def scoring_layer(self, layer: int) -> ScoringRun | None:

@@ -52,7 +52,6 @@ with _importing_megatron():
     import megatron.core.pipeline_parallel  # noqa: F401
 
 from megascore.mcore.pipeline.layer_inputs import capture_layer_inputs  # noqa: E402
-from megascore.mcore.sites.expert_hooks import MegatronRoutedL2NormHook, MegatronRouterWeightedNormHook  # noqa: E402
 from megascore.mcore.sites.hooks import (  # noqa: E402
     MegatronBlockSimilarityHook,
     MegatronIndependentChannelContributionHook,
@@ -60,4 +59,6 @@ from megascore.mcore.sites.hooks import (  # noqa: E402
     MegatronIterativeChannelContributionHook,
     MegatronL2NormHook,
     MegatronLayerNormContributionHook,
+    MegatronRoutedL2NormHook,
+    MegatronRouterWeightedNormHook,
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from megascore.errors import HookStateError
 from megascore.scores.score_file import split_key
 from megascore.sites.places import ModelView
-from megascore.sites.requests import ROUTED_TARGETS
+from megascore.sites.targets import TARGETS
 
 __all__ = ["Results", "run_metadata"]
 
@@ -48,7 +48,7 @@ class Results:
         counts = {
             key: int(state["num_tokens"])
             for key, state in self.states.items()
-            if split_key(key).target not in ROUTED_TARGETS
+            if not TARGETS[split_key(key).target].routed
         }
         most, least = max(counts, key=counts.__getitem__, default=""), min(counts, key=counts.__getitem__, default="")
         if counts and 0 < counts[least] < counts[most]:
