@@ -227,8 +227,13 @@ def test_the_newest_are_taken_without_pins(fake_environment: Path, path_without_
 def test_a_new_environment_takes_the_place_of_the_old_and_of_the_active_one(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "old-file").touch()
-    script = f'use_new_environment "{tmp_path}/new"; printf "%s\n" "$PYTHON" "$VIRTUAL_ENV"'
-    result = run_bash(script, VIRTUAL_ENV="/nowhere", MEGASCORE_PYTHON=sys.executable)
+    script = f"""
+        make_environment() {{ mkdir "$1"; }}
+        require_pip() {{ :; }}
+        use_new_environment "{tmp_path}/new"
+        printf "%s\\n" "$PYTHON" "$VIRTUAL_ENV"
+    """
+    result = run_bash(script, VIRTUAL_ENV="/nowhere")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"{tmp_path}/new/bin/python", f"{tmp_path}/new"]
     assert not (tmp_path / "new" / "old-file").exists()
