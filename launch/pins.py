@@ -146,7 +146,8 @@ def oldest_pins(lines: Iterable[str], available: Callable[[str], Iterable[str]])
             wanted[name] = wanted.get(name, SpecifierSet()) & requirement.specifier
     pins = []
     for name, specifier in sorted(wanted.items()):
-        versions = [version for version in map(Version, available(name)) if specifier.contains(version)]
+        released = [version for version in map(Version, available(name)) if not version.is_prerelease]
+        versions = [version for version in released if specifier.contains(version)]
         if not versions:
             raise ValueError(f"the package index has no wheel of {name}{specifier} for this Python and machine")
         pins.append(f"{name}=={min(versions).public}")
