@@ -23,15 +23,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pip._vendor.packaging.requirements import Requirement
-from pip._vendor.packaging.specifiers import SpecifierSet
-from pip._vendor.packaging.utils import canonicalize_name
-from pip._vendor.packaging.version import Version
+# Pip's copies only where there is nothing else: importing pip keeps setuptools from working in the same process.
+try:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+    from packaging.utils import canonicalize_name
+    from packaging.version import Version
+except ModuleNotFoundError:
+    from pip._vendor.packaging.requirements import Requirement  # type: ignore[no-redef]
+    from pip._vendor.packaging.specifiers import SpecifierSet  # type: ignore[no-redef]
+    from pip._vendor.packaging.utils import canonicalize_name  # type: ignore[no-redef]
+    from pip._vendor.packaging.version import Version  # type: ignore[no-redef]
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    from pip._vendor import tomli as tomllib
+    try:
+        import tomli as tomllib
+    except ModuleNotFoundError:
+        from pip._vendor import tomli as tomllib
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 # torch is the base image's, the environment's, or the one that is asked for; pip comes with the environment.
@@ -142,7 +152,7 @@ def oldest_pins(lines: Iterable[str], available: Callable[[str], Iterable[str]])
     for line in lines:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate():
-            name = canonicalize_name(requirement.name)
+            name: str = canonicalize_name(requirement.name)
             wanted[name] = wanted.get(name, SpecifierSet()) & requirement.specifier
     pins = []
     for name, specifier in sorted(wanted.items()):

@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import sys
 import venv
+from importlib.metadata import distribution
 from pathlib import Path
 
-import pip
 import pytest
 
 SCRIPTS = [*sorted(Path("launch").glob("*.sh")), Path(".ci/run")]
@@ -57,7 +57,7 @@ def fake_environment(tmp_path: Path) -> Path:
     (packages / "pip" / "__init__.py").touch()
     (packages / "pip" / "__main__.py").write_text(FAKE_PIP)
     # What pip brings of other packages is real.
-    (packages / "pip" / "_vendor").symlink_to(Path(pip.__file__).parent / "_vendor")
+    (packages / "pip" / "_vendor").symlink_to(Path(str(distribution("pip").locate_file("pip/_vendor"))))
     return prefix
 
 
