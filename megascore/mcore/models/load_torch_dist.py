@@ -20,7 +20,7 @@ from megascore.errors import ModelError
 from megascore.weights.torch_dist.checkpoint import MegatronCheckpoint
 from megascore.weights.torch_dist.read import fill_from_part, overlaps
 
-__all__ = ["load_checkpoint", "load_layer"]
+__all__ = ["TorchDistWeights"]
 
 LAYER_NUMBER = re.compile(r"^decoder\.layers\.(\d+)\.")
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
@@ -40,47 +40,57 @@ class _Wanted:
     """Whether the global shape may be another, as that of a padded vocabulary."""
 
 
-def load_checkpoint(chunks: Sequence[nn.Module], checkpoint: MegatronCheckpoint) -> int:
-    """Fill the model chunks of this rank.
+class TorchDistWeights:
+    """The weights in a Megatron checkpoint, saved from a model of the same make in any layout."""
 
-    Parameters on the meta device are checked like the others, and not read: see `load_layer`.
-    Not collective. Every rank checks the files of the whole checkpoint before any weight is read.
+    whole_because = None
 
-    Args:
-        chunks: Of this rank, built inside a `parallel_world`.
-        checkpoint: Saved from a model of the same make, in any layout.
+    def __init__(self, checkpoint: MegatronCheckpoint) -> None:
+        """Keep the checkpoint."""
+        self._checkpoint = checkpoint
 
-    Returns:
-        Bytes read by this rank.
+    def check(self) -> None:
+        """Check the files. Not collective.
 
-    Raises:
-        ModelError: a tensor that the model has is not there or has another shape, one that is there is not the model's,
-            or a file is missing or damaged. It names the tensor.
-    """
-    checkpoint.check_files()
-    num_bytes = 0
-    for chunk in chunks:
-        sharded = chunk.sharded_state_dict(metadata=checkpoint.naming)  # type: ignore[operator]
-        _check_unused(sharded, checkpoint)
-        num_bytes += sum(_load_value(value, checkpoint) for value in _values(sharded))
-    return num_bytes
+        Raises:
+            ModelError: one is missing or cut short.
+        """
+        self._checkpoint.check_files()
 
+    def load(self, chunks: Sequence[nn.Module]) -> int:
+        """Fill the chunks of this rank, built inside a `parallel_world`, after `check`. Not collective.
 
-def load_layer(chunk: nn.Module, layer: nn.Module, checkpoint: MegatronCheckpoint) -> int:
-    """Fill one decoder layer, as `load_checkpoint` does; only its own tensors are looked at. Not collective.
+        Parameters on the meta device are checked like the others, and not read.
 
-    Args:
-        chunk: The model chunk of this rank that the layer is in.
-        layer: With memory for its parameters.
-        checkpoint: Saved from a model of the same make, in any layout.
+        Returns:
+            Bytes read by this rank.
 
-    Returns:
-        Bytes read by this rank.
+        Raises:
+            ModelError: a tensor that the model has is not there or has another shape, one that is there is not the
+                model's, or a file is damaged. It names the tensor.
+        """
+        num_bytes = 0
+        for chunk in chunks:
+            sharded = chunk.sharded_state_dict(metadata=self._checkpoint.naming)  # type: ignore[operator]
+            _check_unused(sharded, self._checkpoint)
+            num_bytes += sum(_load_value(value, self._checkpoint) for value in _values(sharded))
+        return num_bytes
 
-    Raises:
-        ModelError: a file is missing or damaged: it has changed since the run began.
-    """
-    return sum(_load_value(value, checkpoint) for value in _values(_sharded_layer(chunk, layer, checkpoint)))
+    def load_layer(self, chunk: nn.Module, layer: nn.Module) -> int:
+        """Fill one decoder layer of a chunk, as `load` does; only its own tensors are looked at. Not collective.
+
+        Returns:
+            Bytes read by this rank.
+
+        Raises:
+            ModelError: a file is missing or damaged: it has changed since the run began.
+        """
+        sharded = _sharded_layer(chunk, layer, self._checkpoint)
+        return sum(_load_value(value, self._checkpoint) for value in _values(sharded))
+
+    def fingerprint(self) -> str:
+        """Return what tells these weights from others."""
+        return self._checkpoint.fingerprint()
 
 
 def _sharded_layer(chunk: nn.Module, layer: nn.Module, checkpoint: MegatronCheckpoint) -> dict[str, Any]:
