@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+from torch import Tensor
 
+from megascore.weights.huggingface.checkpoint import HuggingFaceCheckpoint
 from megascore.weights.huggingface.config import read_config
 from megascore.weights.huggingface.dims import Dim, sizes_of
 from megascore.weights.huggingface.folder import WeightsFolder
@@ -70,3 +74,25 @@ def test_a_tied_model_needs_its_embedding_only(tmp_path: Path) -> None:
     assert "lm_head.weight" not in all_tensors(config)
     (source,) = sources_of(find_rule("output_layer.weight").rule, config, None)  # type: ignore[union-attr]
     assert source.name == "model.embed_tokens.weight"
+
+
+def test_channels_are_cut_by_the_meaning_of_dimensions_alone(tmp_path: Path) -> None:
+    checkpoint = HuggingFaceCheckpoint(read_config(save_checkpoint(tmp_path, "llama", mlp_bias=True)), tmp_path)
+    checkpoint.check()
+    channels, cut = torch.tensor([5, 90]), {}
+    with checkpoint.folder.reading() as read:
+        for name, source in all_tensors(checkpoint.config).items():
+            if source.layer == 3 and "ffn" in source.dims:
+                cut[name] = read(name).index_select(source.dims.index("ffn"), channels)
+        x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+        gate, up, down = (f"model.layers.3.mlp.{part}_proj" for part in ("gate", "up", "down"))
+
+        def mlp(weights: Callable[[str], Tensor], keep: Tensor) -> Tensor:
+            linear = torch.nn.functional.linear
+            hidden = torch.nn.functional.silu(linear(x, weights(f"{gate}.weight"), weights(f"{gate}.bias")))
+            hidden = hidden * linear(x, weights(f"{up}.weight"), weights(f"{up}.bias"))
+            return linear(hidden * keep, weights(f"{down}.weight"))
+
+        kept = torch.zeros(96).index_fill(0, channels, 1.0)
+        # The same products; only zeros are added to them.
+        torch.testing.assert_close(mlp(cut.__getitem__, torch.ones(2)), mlp(read, kept), rtol=1e-5, atol=1e-6)

@@ -42,11 +42,7 @@ class ArchitectureBuilder:
         return {"architecture": self.architecture.as_json()}
 
     def check(self, parallel: ParallelConfig) -> None:
-        """Check that the model splits so.
-
-        Raises:
-            LayoutError: it does not.
-        """
+        """Check that the model splits so."""
         check_divisible(self.architecture, parallel)
 
     def build(

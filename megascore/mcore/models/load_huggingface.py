@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,37 +16,13 @@ from megascore.weights.huggingface.sources import Found, find_rule, sources_of
 __all__ = ["HuggingFaceWeights"]
 
 
-class HuggingFaceWeights:
-    """The weights in a Hugging Face directory."""
+class HuggingFaceWeights(HuggingFaceCheckpoint):
+    """The weights in a Hugging Face directory, for ``GPTModel`` chunks of its architecture."""
 
     whole_because = None
 
-    def __init__(self, config: HuggingFaceModelConfig, directory: str | Path) -> None:
-        """Open nothing yet.
-
-        Args:
-            config: The model, as `read_config` returns it.
-            directory: Hugging Face checkpoint directory with safetensors files.
-        """
-        self._checkpoint = HuggingFaceCheckpoint(config, directory)
-
-    def check(self) -> None:
-        """Check the headers of all files. Not collective: a bad checkpoint raises the same error on every rank.
-
-        Raises:
-            ModelError: no safetensors files, a tensor missing or misshapen (named), a damaged file.
-        """
-        self._checkpoint.check()
-
     def load(self, chunks: Sequence[nn.Module]) -> int:
-        """Fill the ``GPTModel`` chunks of this rank, after `check`; parameters on the meta device are left out.
-
-        Returns:
-            Bytes of weights read by this rank.
-
-        Raises:
-            ModelError: a file has gone or changed since it was checked.
-        """
+        """Fill the chunks of this rank, see `Weights`. Not collective."""
         return self._fill(
             (parameter, _found_in_chunk(chunk, name))
             for chunk in chunks
@@ -56,23 +31,12 @@ class HuggingFaceWeights:
         )
 
     def load_layer(self, chunk: nn.Module, layer: nn.Module) -> int:
-        """Fill one decoder layer, which knows its global number, as `load` does; only its own tensors are looked at.
-
-        Returns:
-            Bytes of weights read by this rank.
-
-        Raises:
-            ModelError: a file has gone or changed since it was checked.
-        """
+        """Fill one decoder layer, which knows its global number, see `Weights`."""
         return self._fill((parameter, _found_in_layer(layer, name)) for name, parameter in layer.named_parameters())
 
-    def fingerprint(self) -> str:
-        """Return what tells these weights from others."""
-        return self._checkpoint.folder.fingerprint()
-
     def _fill(self, parameters: Iterable[tuple[Tensor, Found]]) -> int:
-        with self._checkpoint.reading() as read:
-            return sum(_fill(parameter, found, self._checkpoint.config, read) for parameter, found in parameters)
+        with self.reading() as read:
+            return sum(_fill(parameter, found, self.config, read) for parameter, found in parameters)
 
 
 def _found_in_chunk(chunk: Any, name: str) -> Found:

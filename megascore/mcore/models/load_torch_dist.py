@@ -28,42 +28,34 @@ EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 @dataclass
 class _Wanted:
-    """A part of a global tensor that this rank has."""
+    """The part of a global tensor that this rank has."""
 
     name: str
-    """In the checkpoint."""
+    """Name of the tensor in the checkpoint."""
     offsets: torch.Size
     global_shape: torch.Size
     target: Tensor
-    """Where it goes, with as many dimensions as the global tensor."""
+    """Filled with the part; it has as many dimensions as the global tensor."""
     may_differ: bool
     """Whether the global shape may be another, as that of a padded vocabulary."""
 
 
+@dataclass(frozen=True)
 class TorchDistWeights:
     """The weights in a Megatron checkpoint, saved from a model of the same make in any layout."""
 
     whole_because = None
 
-    def __init__(self, checkpoint: MegatronCheckpoint) -> None:
-        """Keep the checkpoint."""
-        self._checkpoint = checkpoint
+    checkpoint: MegatronCheckpoint
 
     def check(self) -> None:
-        """Check the files. Not collective.
-
-        Raises:
-            ModelError: one is missing or cut short.
-        """
-        self._checkpoint.check_files()
+        """Check that the files are there and whole."""
+        self.checkpoint.check_files()
 
     def load(self, chunks: Sequence[nn.Module]) -> int:
-        """Fill the chunks of this rank, built inside a `parallel_world`, after `check`. Not collective.
+        """Fill the chunks of this rank, built inside a `parallel_world`, see `Weights`. Not collective.
 
         Parameters on the meta device are checked like the others, and not read.
-
-        Returns:
-            Bytes read by this rank.
 
         Raises:
             ModelError: a tensor that the model has is not there or has another shape, one that is there is not the
@@ -71,30 +63,23 @@ class TorchDistWeights:
         """
         num_bytes = 0
         for chunk in chunks:
-            sharded = chunk.sharded_state_dict(metadata=self._checkpoint.naming)  # type: ignore[operator]
-            _check_unused(sharded, self._checkpoint)
-            num_bytes += sum(_load_value(value, self._checkpoint) for value in _values(sharded))
+            sharded = chunk.sharded_state_dict(metadata=self.checkpoint.naming)  # type: ignore[operator]
+            _check_unused(sharded, self.checkpoint)
+            num_bytes += sum(_load_value(value, self.checkpoint) for value in _values(sharded))
         return num_bytes
 
     def load_layer(self, chunk: nn.Module, layer: nn.Module) -> int:
-        """Fill one decoder layer of a chunk, as `load` does; only its own tensors are looked at. Not collective.
-
-        Returns:
-            Bytes read by this rank.
-
-        Raises:
-            ModelError: a file is missing or damaged: it has changed since the run began.
-        """
-        sharded = _sharded_layer(chunk, layer, self._checkpoint)
-        return sum(_load_value(value, self._checkpoint) for value in _values(sharded))
+        """Fill one decoder layer of a chunk, see `Weights`; only its own tensors are looked at."""
+        sharded = _sharded_layer(chunk, layer, self.checkpoint)
+        return sum(_load_value(value, self.checkpoint) for value in _values(sharded))
 
     def fingerprint(self) -> str:
         """Return what tells these weights from others."""
-        return self._checkpoint.fingerprint()
+        return self.checkpoint.fingerprint()
 
 
 def _sharded_layer(chunk: nn.Module, layer: nn.Module, checkpoint: MegatronCheckpoint) -> dict[str, Any]:
-    """Let Megatron say what a layer's parameters are. It only does so for a block, which has this layer alone then."""
+    """Return Megatron's description of a layer's parameters; it has one of blocks only, so the block has one layer."""
     name, block = next((name, block) for name, block in chunk.named_modules() if isinstance(block, TransformerBlock))
     layers = block.layers
     block.layers = nn.ModuleList([layer])

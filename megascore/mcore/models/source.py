@@ -40,29 +40,54 @@ class Builder(Protocol):
         """Return what tells this model from others of the same weights, as plain values. Not collective."""
 
     def check(self, parallel: ParallelConfig) -> None:
-        """Raise where the model does not split so. Not collective."""
+        """Check that the model splits so. Not collective.
+
+        Raises:
+            LayoutError: it does not.
+        """
 
     def build(
         self, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, max_sequence_length: int
     ) -> list[Any]:
-        """Build the chunks of this rank, in evaluation mode. Inside a `parallel_world`, on every rank."""
+        """Build the chunks of this rank without weights, in evaluation mode.
+
+        Inside a `parallel_world`, on every rank; collective over the pipeline stages where embeddings are tied.
+
+        Raises:
+            LayoutError: the model does not split so.
+            ModelError: it cannot be built, or is shorter than ``max_sequence_length``.
+        """
 
 
 class Weights(Protocol):
-    """Fills a model that was built."""
+    """Fills a model that was built. `check` comes first."""
 
     @property
     def whole_because(self) -> str | None:
         """Why they cannot be read one layer at a time; None where they can."""
 
     def check(self) -> None:
-        """Raise where they are incomplete, as far as that can be known without reading them. Not collective."""
+        """Check that they are complete, as far as that can be known without reading them. Not collective.
+
+        Raises:
+            ModelError: weights are missing, damaged, or of another model.
+        """
 
     def load(self, chunks: Sequence[Any]) -> int:
-        """Fill the chunks of this rank, but for parameters on the meta device; return bytes read. On every rank."""
+        """Fill the chunks of this rank, but for parameters on the meta device; return bytes read. On every rank.
+
+        Raises:
+            ModelError: weights are of another model, or a file has gone or changed since it was checked.
+        """
 
     def load_layer(self, chunk: Any, layer: Any) -> int:
-        """Fill one layer of a chunk; return bytes read. Not collective. Only where nothing is in ``whole_because``."""
+        """Fill one layer of a chunk, which has memory for its parameters; return bytes read. Not collective.
+
+        Only where nothing is in `whole_because`.
+
+        Raises:
+            ModelError: a file has gone or changed since it was checked.
+        """
 
     def fingerprint(self) -> str:
         """Return what tells these weights from others."""
@@ -97,45 +122,23 @@ class ModelSource:
         return self.builder.identity()
 
     def check(self, parallel: ParallelConfig) -> None:
-        """Check all that can be known before the model is built. Not collective.
-
-        Raises:
-            LayoutError: the model does not split so.
-            ModelError: weights are missing, damaged, or of another model.
-        """
+        """Check all that can be known before the model is built: the layout, and the weights. Not collective."""
         self.builder.check(parallel)
         self.weights.check()
 
     def build(
         self, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, max_sequence_length: int
     ) -> list[Any]:
-        """Build the chunks of this rank without weights, in evaluation mode.
-
-        Inside a `parallel_world`, on every rank; collective over the pipeline stages where embeddings are tied.
-
-        Raises:
-            LayoutError: the model does not split so.
-            ModelError: it cannot be built, or is shorter than ``max_sequence_length``.
-        """
+        """Build the chunks of this rank, see `Builder`."""
         return self.builder.build(parallel, dtype, device, max_sequence_length)
 
     def load(self, chunks: Sequence[Any]) -> None:
-        """Fill the chunks of this rank, but for parameters on the meta device. On every rank.
-
-        Raises:
-            ModelError: weights are missing, damaged, or of another model.
-        """
+        """Fill the chunks of this rank, see `Weights`."""
         num_bytes = self.weights.load(chunks)
         logger.info("read %.1f MB of weights of %s", num_bytes / 1e6, self.name)
 
     def load_layer(self, chunk: Any, layer: Any) -> None:
-        """Fill one layer of a chunk, which has memory for its parameters. Not collective.
-
-        Only where nothing is in `whole_because`.
-
-        Raises:
-            ModelError: a file is missing or damaged: it has changed since the run began.
-        """
+        """Fill one layer of a chunk, see `Weights`."""
         num_bytes = self.weights.load_layer(chunk, layer)
         logger.debug("read %.1f MB of weights of layer %d", num_bytes / 1e6, layer.layer_number - 1)
 

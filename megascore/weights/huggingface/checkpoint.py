@@ -88,6 +88,10 @@ class HuggingFaceCheckpoint:
         if extra:
             logger.warning("%s: %d tensors are not used, such as %s", self._directory, len(extra), ", ".join(extra[:5]))
 
+    def fingerprint(self) -> str:
+        """Return what tells these weights from others, see `WeightsFolder`."""
+        return self.folder.fingerprint()
+
     @contextmanager
     def reading(self) -> Iterator[PartReader]:
         """Yield a function that reads parts of sources; files are open inside. Only after `check`.

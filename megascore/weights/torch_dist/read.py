@@ -1,4 +1,4 @@
-"""Boxes of tensors out of the files of a checkpoint, where only the bytes of the box are read."""
+"""Boxes of tensors, read from the files of a checkpoint without the bytes around them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def overlaps(
     """Find the stored parts that a box of a tensor has something of.
 
     Args:
-        index: Of the checkpoint.
-        name: Of the tensor.
-        offsets: Of the box in the whole tensor.
-        sizes: Of the box.
+        index: Index of the checkpoint.
+        name: Name of the tensor.
+        offsets: First entry of the box along each dimension of the whole tensor.
+        sizes: Sizes of the box.
 
     Yields:
-        A stored part, where in it the common values are, and where in the box.
+        A stored part, the place of the common values in it, and their place in the box.
     """
     begins, ends, parts = index.boxes_of(name)
     first = torch.maximum(begins, torch.tensor(offsets, dtype=torch.int64))
@@ -115,11 +115,11 @@ def _read_runs(file: BufferedReader, begin: int, view: Tensor, num_outer: int, v
     """Read what a view of a stored tensor shows, one run of its last dimensions after the other.
 
     Args:
-        file: With the tensor's storage.
-        begin: Of the storage, in bytes.
-        view: Without values: says where they lie.
-        num_outer: Dimensions before those that lie together.
-        values: [shape of ``view``] contiguous, of its type.
+        file: Holds the tensor's storage.
+        begin: First byte of the storage.
+        view: The wanted values on the meta device: their places in the storage.
+        num_outer: Number of dimensions before those that lie together.
+        values: Filled; contiguous, with the shape and type of ``view``.
     """
     # The tensor's own memory, without numpy; `values` outlives it.
     memory = memoryview((ctypes.c_ubyte * values.nbytes).from_address(values.data_ptr()))
