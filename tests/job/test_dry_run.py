@@ -23,7 +23,6 @@ from megascore.job.job import run_job
 from megascore.job.planned import DryRun
 from megascore.mcore.models.gpt import build_gpt
 from megascore.mcore.world.parallel_world import is_alone
-from megascore.weights.huggingface.architecture import architecture_of
 from megascore.weights.huggingface.config import read_config
 from tests.mcore.oracle import all_scores
 from tests.mcore.sites.test_communication import ADDITIVE, SEQUENCE_LENGTH, score_and_measure
@@ -237,7 +236,7 @@ def test_a_megatron_checkpoint_says_by_itself_what_it_is(saved: Path) -> None:
 
 def provider_for_any_device(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype) -> Any:
     config = read_config(provider_for_any_device.model)  # type: ignore[attr-defined]
-    return build_gpt(architecture_of(config), parallel, dtype, device, SEQUENCE_LENGTH)
+    return build_gpt(config.architecture, parallel, dtype, device, SEQUENCE_LENGTH)
 
 
 def test_a_function_of_the_users_builds_on_the_meta_device(models: Path) -> None:
