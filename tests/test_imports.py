@@ -49,8 +49,10 @@ package.__path__ = [sys.argv[1]]
 sys.modules["megascore"] = package
 for module in sys.argv[3:]:
     importlib.import_module(module)
-    for name in {name.split(".")[0] for name in sys.modules} & set(sys.argv[2].split(",")):
-        print(module, "imports", name)
+    loaded = [name for name in sys.modules if name.split(".")[0] in sys.argv[2].split(",")]
+    for library in sorted({name.split(".")[0] for name in loaded}):
+        print(module, "imports", library)
+    for name in loaded:
         del sys.modules[name]
 """
 """The package itself is empty here, for its own names come from other rooms."""
