@@ -1,26 +1,24 @@
-"""Checkpoints for a run in somebody's own loop: `checkpoints` saves it as it goes, and goes on where it stopped."""
+"""Checkpoints for a run in somebody's own loop, which saves as it goes and goes on where it stopped."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 
+from megascore.config import RESUME
 from megascore.errors import ConfigError
-from megascore.files.tensor_file import json_text
-from megascore.resume.checkpointing import Checkpointer, CheckpointPlan
+from megascore.process.signals import Signals
+from megascore.resume.checkpointing import Checkpointer
+from megascore.resume.plan import CheckpointPlan
 from megascore.resume.snapshot import identity_of
 from megascore.runs.progress import ScoringProgress
 from megascore.runs.scoring_run import ScoringRun
-from megascore.versions import installed_versions
 
 __all__ = ["Saver", "checkpoints"]
-
-RESUME = ("auto", "never")
 
 
 def checkpoints(
@@ -32,7 +30,7 @@ def checkpoints(
     interval: int | None = None,
     seconds: float | None = 300.0,
     resume: str = "auto",
-) -> Saver:
+) -> AbstractContextManager[Saver]:
     """Save a run in your own loop, and go on with it when the program is started again, also on another layout.
 
     Where it goes on is known inside the ``with`` block: ``saver.step`` steps are done, and your loop leaves out their
@@ -62,10 +60,13 @@ def checkpoints(
         resume: "auto" goes on from the newest checkpoint, "never" drops those that are there.
 
     Returns:
-        A context manager. Entering it is collective over the world; `megascore status FOLDER` shows the run meanwhile.
+        A context manager. Entering it is collective over the world: it opens the folder, and puts the newest checkpoint
+        into the run's hooks. `megascore status FOLDER` shows the run meanwhile.
 
     Raises:
         ConfigError: an unknown ``resume``, no steps, or a run that has begun.
+        CheckpointError: on entering: the folder is in use or can't be used, or its checkpoint is damaged or another
+            run's.
     """
     if resume not in RESUME:
         raise ConfigError(f"resume is {resume!r}: expected one of {', '.join(RESUME)}.")
@@ -74,19 +75,33 @@ def checkpoints(
     if run.num_steps:
         raise ConfigError(f"the run has done {run.num_steps} steps: enter megascore.checkpoints before the first one.")
     plan = CheckpointPlan(Path(folder), interval, seconds, afresh=resume == "never")
-    return Saver(run, plan, total_steps, _identity(run, total_steps, identity or {}))
+    # A name is often a path, and a model may be moved.
+    model = {name: value for name, value in run.view.facts.items() if name != "name"}
+    whole = identity_of(run.requests, model=model, run={"steps": total_steps}, yours=identity or {})
+    return _saving(run, plan, total_steps, whole)
+
+
+@contextmanager
+def _saving(run: ScoringRun, plan: CheckpointPlan, total_steps: int, identity: Mapping[str, Any]) -> Iterator[Saver]:
+    with Signals() as signals, Checkpointer(plan, Console(stderr=True), signals) as checkpoints:
+        snapshot = checkpoints.find(identity)
+        if snapshot is not None:
+            run.restore(snapshot.states, snapshot.step)
+        # Tokens are counted on the devices, which are not asked at every step.
+        checkpoints.begin(total_steps, snapshot, {"layout": dict(run.view.layout), "tokens": None})
+        with ScoringProgress(total_steps, 0, enabled=False, done_steps=run.num_steps) as progress:
+            yield Saver(run, checkpoints, progress, total_steps)
 
 
 class Saver:
-    """What `checkpoints` returns; to be entered once."""
+    """A run that is saved as it goes: what `checkpoints` gives inside its ``with`` block."""
 
-    def __init__(self, run: ScoringRun, plan: CheckpointPlan, total_steps: int, identity: Mapping[str, Any]) -> None:
-        """Prepare; the folder is opened by ``with``."""
+    def __init__(self, run: ScoringRun, checkpoints: Checkpointer, progress: ScoringProgress, total_steps: int) -> None:
+        """Hold them together; `checkpoints` makes it."""
         self._run = run
+        self._checkpoints = checkpoints
+        self._progress = progress
         self._total_steps = total_steps
-        self._identity = identity
-        self._checkpoints = Checkpointer(plan, Console(stderr=True))
-        self._progress = ScoringProgress(total_steps, 0, enabled=False)
 
     @property
     def step(self) -> int:
@@ -97,26 +112,6 @@ class Saver:
     def finished(self) -> bool:
         """Whether an earlier start has come to `finish`; the same on every rank. All steps are done then."""
         return self._checkpoints.was_finished
-
-    def __enter__(self) -> Saver:
-        """Open the folder, and put the newest checkpoint into the run's hooks. Collective over the world.
-
-        Raises:
-            CheckpointError: the folder is in use or can't be used, or its checkpoint is damaged or another run's.
-        """
-        self._checkpoints.__enter__()
-        try:
-            self._begin()
-        except BaseException as error:
-            self._checkpoints.__exit__(type(error), error, error.__traceback__)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Say in ``progress.json`` how it ended, and release the folder. Not collective."""
-        self._checkpoints.__exit__(kind, error, trace)
 
     def after_step(self) -> None:
         """Save if it is time, after ``run.step()``; stop if a signal asked for it.
@@ -141,29 +136,3 @@ class Saver:
     def finish(self) -> None:
         """Say in ``progress.json`` that the result is written. Collective over the world."""
         self._checkpoints.finish()
-
-    def _begin(self) -> None:
-        snapshot = self._checkpoints.find(self._identity)
-        if snapshot is not None:
-            self._run.restore(snapshot.states, snapshot.step)
-        # Tokens are counted on the devices, which are not asked at every step.
-        facts = {"layout": dict(self._run.view.layout), "tokens": None}
-        self._checkpoints.begin(self._total_steps, snapshot, facts)
-        self._progress = ScoringProgress(self._total_steps, 0, enabled=False, done_steps=self.step).__enter__()
-
-
-def _identity(run: ScoringRun, total_steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    # A name is often a path, and a model may be moved.
-    model = {name: value for name, value in run.view.facts.items() if name != "name"}
-    scores = [{"target": r.target, "method": r.method, **dict(r.options)} for r in run.requests]
-    whole = {
-        "model": model,
-        "run": {"steps": total_steps, "megascore": installed_versions()["megascore"]},
-        "scores": scores,
-        "yours": dict(given),
-    }
-    try:
-        # As a checkpoint has it, where a tuple is a list.
-        return identity_of(**json.loads(json_text(whole)))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the identity of the run has something that JSON can't hold: {error}.") from error

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import os
 import secrets
 import shutil
-import socket
 import stat
 import time
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+from megascore.files.locks import NoLocks, Owner, owner_of, take_lock
 
 __all__ = ["SpoolFolder"]
 
@@ -59,47 +58,24 @@ class SpoolFolder:
         self._remove()
 
 
-@dataclass(frozen=True)
-class _Owner:
-    """Whose folder it is, as its lock file says."""
-
-    process: int
-    host: str
-    kernel: str
-    """Of the running system: whoever has the same one is on the same machine."""
-
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host}"
-
-
-def _claim(path: Path) -> tuple[Path, int | None] | None:
-    """Make a folder and return it with its lock; None where someone who tidies up has been faster.
+def _claim(path: Path) -> tuple[Path, IO[bytes] | None] | None:
+    """Make a folder and return it with its lock; None where a process that tidies up has taken it away.
 
     The lock is None on storage without locks. There is no lock file then, without which nobody removes a folder.
     """
     path.mkdir()
-    lock = None
     try:
-        lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), (path / LOCK_NAME).stat()):
-            raise FileNotFoundError(path)
-    except (BlockingIOError, FileNotFoundError):
-        _remove(path, lock)
-        return None
-    except OSError as error:
-        if lock is None:
-            raise
+        return path, take_lock(path / LOCK_NAME, mode=0o600)
+    except NoLocks as error:
         logger.info("%s has no locks (%s): if this process is killed, its folder stays there", path.parent, error)
-        os.close(lock)
         (path / LOCK_NAME).unlink()
         return path, None
-    try:
-        os.write(lock, json.dumps(vars(_Owner(os.getpid(), socket.gethostname(), _kernel()))).encode())
+    except (BlockingIOError, FileNotFoundError):
+        _remove(path, None)
+        return None
     except OSError:
-        _remove(path, lock)
+        _remove(path, None)
         raise
-    return path, lock
 
 
 def _remove_left_behind(parent: Path) -> None:
@@ -118,41 +94,24 @@ def _remove_if_left_behind(path: Path, changed: float) -> None:
         changed: When a file last appeared in it or went, in seconds since 1970.
     """
     try:
-        # For writing, as locks over NFS need it.
-        lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW)
+        lock = take_lock(path / LOCK_NAME, is_own=False)
     except FileNotFoundError:
-        # Killed before it had a lock, or made by a version without: only one that is empty goes.
+        # Its process was killed before it made the lock, or storage has none: a folder goes only if it is empty.
         path.rmdir()
         return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        owner = _owner(lock)
-        here = owner is not None and owner.kernel == _kernel()
-        if here or time.time() - changed > QUIET_SECONDS:
+    with lock:
+        owner = owner_of(path / LOCK_NAME)
+        # An owner that has not said who it is may be on another machine.
+        is_here = owner is not None and owner.kernel == Owner.here().kernel
+        if is_here or time.time() - changed > QUIET_SECONDS:
             num_bytes = sum(file.lstat().st_size for file in path.rglob("*"))
-            lock, held = -1, lock
-            _remove(path, held)
-            logger.warning(
-                "removed %s (%.1f MB), which %s left behind when it was killed",
-                path,
-                num_bytes / 1e6,
-                owner or "a process",
-            )
-    finally:
-        if lock >= 0:
-            os.close(lock)
+            _remove(path, lock)
+            size, who = num_bytes / 1e6, owner or "a process"
+            logger.warning("removed %s (%.1f MB), which %s left behind when it was killed", path, size, who)
 
 
-def _owner(lock: int) -> _Owner | None:
-    try:
-        return _Owner(**json.loads(os.pread(lock, 4096, 0)))
-    except (ValueError, TypeError):
-        # Killed before it had said who it is.
-        return None
-
-
-def _remove(path: Path, lock: int | None) -> None:
-    """Remove a folder, its lock last: killed in the midst of this, it is still one that was left behind."""
+def _remove(path: Path, lock: IO[bytes] | None) -> None:
+    """Remove a folder, its lock last: a process that is killed meanwhile leaves a folder that can still be removed."""
     with suppress(OSError):
         for inner in path.iterdir():
             if inner.name == LOCK_NAME:
@@ -164,14 +123,6 @@ def _remove(path: Path, lock: int | None) -> None:
         (path / LOCK_NAME).unlink(missing_ok=True)
     # Before the folder: over NFS a file that is open stays in it under another name.
     if lock is not None:
-        os.close(lock)
+        lock.close()
     with suppress(OSError):
         path.rmdir()
-
-
-def _kernel() -> str:
-    """Return what tells the running system from all others, and from itself before it was started again."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()

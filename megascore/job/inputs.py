@@ -28,7 +28,6 @@ from megascore.parallel.comm import agree, broadcast_object, world_rank
 from megascore.resume.snapshot import fingerprint_of, identity_of
 from megascore.scores.score_file import Scores, check_output_path, load_scores
 from megascore.sites.requests import ScoreRequest
-from megascore.versions import installed_versions
 
 __all__ = ["JobInputs", "check_files", "check_job", "check_model", "check_output", "finished_scores", "read_inputs"]
 
@@ -129,6 +128,7 @@ def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[Score
     samples = share_samples(own[0] if own else None, _share(config))
     total = num_steps(samples.num_samples, config.run.global_batch_size, config.run.steps)
     identity = identity_of(
+        requests,
         model={"weights_fingerprint": weights_fingerprint, "dtype": config.model.dtype, **source.identity()},
         data={
             "fingerprint": samples.fingerprint,
@@ -140,11 +140,9 @@ def read_inputs(config: JobConfig, source: ModelSource, requests: Sequence[Score
             "steps": total,
             "global_batch_size": config.run.global_batch_size,
             "loss": config.run.loss,
-            # The same scores, but half of them after half of the run: one can't go on where the other stopped.
+            # Both ways give the same scores, but neither can go on from the other's checkpoints.
             "blockwise": config.run.blockwise,
-            "megascore": installed_versions()["megascore"],
         },
-        scores=[{"target": r.target, "method": r.method, **dict(r.options)} for r in requests],
     )
     return JobInputs(source, samples, weights_fingerprint, total, identity)
 

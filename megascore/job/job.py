@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from megascore.config import JobConfig
+from megascore.files.whole import write_whole
 from megascore.job.dry_run import dry_run
 from megascore.job.dry_run_report import render_dry_run
 from megascore.job.inputs import JobInputs, check_job, check_output, finished_scores, read_inputs
@@ -24,7 +25,8 @@ from megascore.mcore.sites.view import MegatronModelView
 from megascore.mcore.world.parallel_world import local_device, parallel_world
 from megascore.parallel.comm import agree, world_rank
 from megascore.process.signals import Signals
-from megascore.resume.checkpointing import Checkpointer, CheckpointPlan
+from megascore.resume.checkpointing import Checkpointer
+from megascore.resume.plan import CheckpointPlan
 from megascore.runs.scoring_run import ScoringRun
 from megascore.scores.report import render_scores
 from megascore.scores.score_file import Scores
@@ -33,7 +35,7 @@ from megascore.sites.requests import check_num_steps, resolve_scores
 __all__ = ["run_job"]
 
 
-def run_job(config: JobConfig, console: Console) -> Scores | None:
+def run_job(config: JobConfig, console: Console, *, write: Callable[..., None] = write_whole) -> Scores | None:
     """Run a scoring job and write its score file.
 
     Collective over the world that torchrun started; a world of one without torchrun, where a dry run pretends others.
@@ -43,6 +45,7 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
     Args:
         config: What to do.
         console: Where rank 0 shows progress and result.
+        write: Writes a file of ``run.checkpoint_dir``, with the arguments of `write_whole`.
 
     Returns:
         The scores, the same on every rank; None for a dry run (``run.steps=0``).
@@ -61,16 +64,17 @@ def run_job(config: JobConfig, console: Console) -> Scores | None:
     timeout = timedelta(minutes=config.run.timeout_minutes)
     device = local_device(config.run.device)
     folder = config.run.checkpoint_dir
+    signals = Signals()
     # Signals are noted from the beginning: joining the others and reading the data take a while.
     with (
         _quiet_megatron(),
-        nullcontext() if folder is None else Signals() as signals,
+        nullcontext() if folder is None else signals,
         parallel_world(config.parallel, device, timeout),
     ):
         source = agree("checking the job", lambda: check_job(config))
         if folder is None:
             return _run(config, source, device, console, None)
-        with Checkpointer(_checkpoint_plan(config, folder), console, signals=signals) as checkpoints:
+        with Checkpointer(_checkpoint_plan(config, folder), console, signals, write=write) as checkpoints:
             return _run(config, source, device, console, checkpoints)
 
 
@@ -85,7 +89,7 @@ def _run(
         if finished is not None:
             if world_rank() == 0:
                 console.print(f"{config.run.output} holds the finished scores of this run: nothing to do.")
-            checkpoints.note_finished()
+            checkpoints.finish()
             return finished
         agree("checking the output", lambda: check_output(config))
         snapshot = checkpoints.find(inputs.identity)

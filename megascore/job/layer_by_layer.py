@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megascore.capture.stores import HostStore, SpoolStore, TensorStore
 from megascore.config import JobConfig, RunConfig
 from megascore.data import MicroBatches
-from megascore.job.finished import check_finished
+from megascore.job.done_blocks import DoneBlocks, check_done
 from megascore.job.inputs import JobInputs
 from megascore.job.layer_weights import BlockwiseModel, load_for_blocks
 from megascore.job.parts import ModelParts
@@ -23,7 +23,6 @@ from megascore.mcore.pipeline.layers import LayerOrder, order_of_layers
 from megascore.mcore.sites.view import MegatronModelView
 from megascore.parallel.comm import agree, max_over_world, world_rank
 from megascore.resume.checkpointing import Checkpointer
-from megascore.resume.finished_blocks import FinishedBlocks
 from megascore.resume.snapshot import Snapshot
 from megascore.runs.progress import ScoringProgress
 from megascore.runs.results import Results, run_metadata
@@ -65,8 +64,8 @@ def run_blockwise(
     agree("looking for the modules to score", lambda: check_places(view, requests))
     requests = present_requests(view, requests)
     order = order_of_layers(model.chunks)
-    parts, done = ModelParts(view, order, requests), FinishedBlocks(snapshot)
-    check_finished(done, order, parts, device)
+    parts, done = ModelParts(view, order, requests), DoneBlocks(snapshot)
+    check_done(done, order, parts, device)
     if checkpoints is not None:
         facts = {**progress_facts(config), "total_blocks": order.num_layers}
         checkpoints.begin(inputs.total_steps, snapshot, facts)
@@ -124,11 +123,11 @@ class _LayerLoop:
         }
         self._has_end = config.run.loss or bool(parts.requests_outside)
         self._checkpoints: Checkpointer | None = None
-        self._done = FinishedBlocks()
+        self._done = DoneBlocks()
         self._progress: ScoringProgress
         self._tokens_of_parts = 0
 
-    def run(self, console: Console, checkpoints: Checkpointer | None, done: FinishedBlocks) -> Results:
+    def run(self, console: Console, checkpoints: Checkpointer | None, done: DoneBlocks) -> Results:
         """Go through the layers that are left; before them those that are done run once more, for their outputs."""
         self._checkpoints, self._done = checkpoints, done
         num_layers = self._order.num_layers

@@ -1,4 +1,4 @@
-"""What is closed when its ``with`` block is left."""
+"""A base class for objects that hold something until their ``with`` block is left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Self = TypeVar("Self", bound="Closing")
 
 
 class Closing(ABC):
-    """Base of what is in use from its making on: ``with`` gives it as it is, and closes it, also after an error."""
+    """An object in use from its making on: ``with`` gives it as it is, and closes it, also after an error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what is held."""
+        """Give back what the object holds."""
 
     def __enter__(self: Self) -> Self:
         """Return itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 __all__ = ["within"]
@@ -21,21 +22,16 @@ def within(seconds: float, function: Callable[[], Result]) -> Result:
         TimeoutError: it took longer.
         Exception: the function's own error.
     """
-    results: list[Result] = []
-    errors: list[Exception] = []
+    outcome: Future[Result] = Future()
 
     def work() -> None:
         try:
-            results.append(function())
+            outcome.set_result(function())
         except Exception as error:  # Raised again in the thread that waits.
-            errors.append(error)
+            outcome.set_exception(error)
 
     # A daemon, for a thread that hangs in the system must not keep the process alive.
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
+    threading.Thread(target=work, daemon=True).start()
+    if not wait([outcome], seconds).done:
         raise TimeoutError(None, f"the storage did not answer within {seconds:g} s")
-    return results[0]
+    return outcome.result()

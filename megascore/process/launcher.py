@@ -1,16 +1,18 @@
-"""Ranks that end when torchrun is gone: nobody would restart or stop them, and they would be in a new start's way."""
+"""What started this process: torchrun or Slurm, whether it started it again, and an end with it when it dies."""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megascore.process.failures import OTHER_RANK_FAILED
 
-__all__ = ["ending_with_launcher"]
+__all__ = ["ending_with_launcher", "is_restart", "launch_name"]
 
 _POLL_SECONDS = 0.5
 _LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID"
@@ -21,8 +23,9 @@ _LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID"
 def ending_with_launcher() -> Iterator[None]:
     """End this process at once when the torchrun that started it has died, for as long as the context lasts.
 
-    As if it had been killed too: what is saved stays, and the same command goes on from there. Does nothing in a
-    process that torchrun did not start.
+    Nobody would restart or stop it any more, and it would be in a new start's way. It ends as if it had been killed
+    too: what is saved stays, and the same command goes on from there. Does nothing in a process that torchrun did not
+    start.
     """
     if _LAUNCHER_VARIABLE not in os.environ:
         yield
@@ -34,6 +37,19 @@ def ending_with_launcher() -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+def launch_name() -> str:
+    """Return a name that tells this launch of the program from others, the same after a restart by torchrun's agent."""
+    if _LAUNCHER_VARIABLE not in os.environ:
+        return uuid.uuid4().hex
+    return f"process {os.getppid()} on {socket.gethostname()}"
+
+
+def is_restart() -> bool:
+    """Return whether torchrun has restarted the ranks, or Slurm has requeued the job."""
+    counts = (os.environ.get(name) or "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count != "0" for count in counts)
 
 
 def _watch(launcher: int, done: threading.Event) -> None:

@@ -10,21 +10,21 @@ from typing import Any
 __all__ = ["SAVE_SIGNALS", "STOP_SIGNALS", "Signals"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What torchrun and Slurm send before they kill: SIGTERM on a stop, SIGUSR1 by ``sbatch --signal``."""
+"""Signals that torchrun and Slurm send before they kill: SIGTERM on a stop, SIGUSR1 by ``sbatch --signal``."""
 SAVE_SIGNALS = (signal.SIGUSR2,)
 
 
 class Signals:
-    """Notes signals while its ``with`` block runs; only in the main thread, where Python lets a program have them."""
+    """A note of the signals that came while the ``with`` block runs; only the main thread gets them from Python."""
 
     def __init__(self) -> None:
-        """Note nothing yet."""
+        """Begin with no signal noted."""
         self.stop: signal.Signals | None = None
         self.save = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
-        """Take the signals over."""
+        """Take the signals over from whoever has them."""
         if threading.current_thread() is threading.main_thread():
             for number in (*STOP_SIGNALS, *SAVE_SIGNALS):
                 self._before[number] = signal.signal(number, self._note)
@@ -33,7 +33,7 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back."""
+        """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()

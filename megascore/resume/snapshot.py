@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the merged state of a whole run at the end of a step, and whose run it is.
+"""Snapshots, the content of checkpoints: the merged state of a whole run between two steps, and the run's identity.
 
 Nothing in it depends on the parallel layout, so any layout can go on from it.
 """
@@ -6,16 +6,18 @@ Nothing in it depends on the parallel layout, so any layout can go on from it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 from torch import Tensor
 
-from megascore.errors import CheckpointError
+from megascore.errors import CheckpointError, ConfigError
 from megascore.files.tensor_file import ForeignFile, decode, encode, json_text
 from megascore.hooks.statistics import State
+from megascore.sites.requests import ScoreRequest
 from megascore.versions import installed_versions
 
 __all__ = ["SCHEMA_VERSION", "Snapshot", "describe_cursor", "differences", "fingerprint_of", "identity_of"]
@@ -43,11 +45,6 @@ class Snapshot:
     def step(self) -> int:
         """Steps done."""
         return self.cursor["step"]
-
-    @property
-    def position(self) -> str:
-        """How far the run is, for people."""
-        return describe_cursor(self.cursor)
 
     def to_bytes(self) -> bytes:
         """Return a checkpoint file's content."""
@@ -100,13 +97,44 @@ def describe_cursor(cursor: Mapping[str, int]) -> str:
     return f"block {cursor['block']}" if "block" in cursor else f"step {cursor['step']}"
 
 
-def identity_of(**sections: Any) -> dict[str, Any]:
-    """Return what tells one run from another as one flat mapping from ``section.key`` to plain values."""
-    return dict(_flat(sections, ""))
+def identity_of(
+    requests: Sequence[ScoreRequest],
+    *,
+    model: Mapping[str, Any],
+    run: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    yours: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what tells one run from another, as one flat mapping from ``section.key`` to plain values.
+
+    Checkpoints hold it, and score files its fingerprint: another name of a section or a key makes another run.
+
+    Args:
+        requests: What is scored.
+        model: What tells the model from others.
+        run: How it goes through the data; the version of megascore is added.
+        data: What tells a job's data from others.
+        yours: What the owner of a loop says of model and data.
+
+    Raises:
+        ConfigError: something has no form in JSON.
+    """
+    sections = {
+        "model": model,
+        "data": data or {},
+        "run": {**run, "megascore": installed_versions()["megascore"]},
+        "scores": [{"target": r.target, "method": r.method, **dict(r.options)} for r in requests],
+        "yours": yours or {},
+    }
+    try:
+        # As a checkpoint gives it back, where a tuple is a list.
+        return dict(_flat(json.loads(json.dumps(sections, allow_nan=False)), ""))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the identity of the run has something that JSON can't hold: {error}.") from error
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:
-    """Return a SHA-256 of an identity."""
+    """Return a SHA-256 of an identity, whatever the order of its entries."""
     return hashlib.sha256(json_text(dict(identity)).encode()).hexdigest()
 
 
@@ -124,11 +152,11 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)) and any(isinstance(inner, Mapping) for inner in value):
+    elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
         for number, inner in enumerate(value):
             yield from _flat(inner, f"{name}[{number}]")
     else:
-        yield name, list(value) if isinstance(value, tuple) else value
+        yield name, value
 
 
 def _short(value: Any) -> str:

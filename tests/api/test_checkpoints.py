@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import megascore
 from megascore.errors import ConfigError, MegascoreError
+from megascore.resume.snapshot import Snapshot
+from megascore.versions import installed_versions
 from tests.models import SIZES, save_checkpoint
 from tests.pool import WorkerPool
 
@@ -160,6 +164,76 @@ def test_another_run_is_refused(changes: dict[str, Any], told: str, model_folder
     assert text.startswith("CheckpointError")
     assert told in text
     assert {path.name: path.read_bytes() for path in tmp_path.glob("megascore-step-*")} == before
+
+
+OLD_IDENTITY = {
+    "model.ffn_hidden_size": 96,
+    "model.head_dim": 16,
+    "model.hidden_size": 64,
+    "model.num_attention_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.num_layers": 4,
+    "run.steps": 4,
+    "scores[0].method": "l2_norm",
+    "scores[0].target": "ffn",
+    "scores[1].iterations": 4,
+    "scores[1].method": "iterative_contribution",
+    "scores[1].target": "ffn",
+    "scores[2].method": "block_similarity",
+    "scores[2].target": "layers",
+    "scores[3].method": "layer_norm_contribution",
+    "scores[3].target": "hidden_size",
+    "yours.data": "seed 0",
+    "yours.weights": "random",
+}
+"""What version 0.1 wrote for the run of this file, but for its own number."""
+
+
+def lay_down_as_version_0_1(path: Path, snapshot: Snapshot, version: str | None) -> None:
+    """Write a checkpoint with code that stands by itself, so that it keeps the form when the package's own changes."""
+    tensors = {f"{site}#{name}": value for site, state in snapshot.states.items() for name, value in state.items()}
+    content: dict[str, Any] = {
+        "created": "2026-11-26T00:57:13+00:00",
+        "cursor": {"step": 2},
+        "identity": {**OLD_IDENTITY, "run.megascore": version},
+        "schema_version": 1,
+        "sites": sorted(snapshot.states),
+        "versions": {"megascore": version, "megatron-core": None, "python": "3.11.7", "torch": "2.13.0"},
+    }
+
+    def text() -> str:
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+    digest = hashlib.sha256(text().encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode() + tensor.numpy().tobytes())
+    content["sha256"] = digest.hexdigest()
+    path.write_bytes(save(tensors, {"megascore_checkpoint": text()}))
+
+
+@pytest.fixture
+def old_folder(model_folder: str, tmp_path: Path) -> Path:
+    """Two folders with a checkpoint in the form of version 0.1: one of this version's number, one of another."""
+    score(model_folder, str(tmp_path / "new"), signal_after=2)
+    snapshot = Snapshot.from_bytes((tmp_path / "new" / "megascore-step-00000002.safetensors").read_bytes())
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for name, version in (("same", installed_versions()["megascore"]), ("other", "0.0.9")):
+        (folder / name).mkdir()
+        lay_down_as_version_0_1(folder / name / "megascore-step-00000002.safetensors", snapshot, version)
+    return folder
+
+
+def test_a_checkpoint_in_the_form_of_version_0_1_is_gone_on_with(
+    model_folder: str, expected: dict[str, Tensor], old_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_same(score(model_folder, str(old_folder / "same")), expected)
+    assert "megascore-step-00000002.safetensors, step 2" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(model_folder: str, old_folder: Path) -> None:
+    text = score(model_folder, str(old_folder / "other"))
+    assert f"run.megascore is '0.0.9' there, '{installed_versions()['megascore']}' here. Start" in text
 
 
 def test_a_run_can_begin_afresh(model_folder: str, expected: dict[str, Tensor], tmp_path: Path) -> None:

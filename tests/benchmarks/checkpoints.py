@@ -30,7 +30,7 @@ from megascore.hooks import (
 from megascore.hooks.block_similarity import BlockSimilarityHook
 from megascore.parallel.axes import Placement
 from megascore.parallel.merge import Part, merge_over_world
-from megascore.resume.folder import CheckpointFolder
+from megascore.resume.folder import RunFolder
 from megascore.resume.snapshot import Snapshot
 
 REPEATS = 5
@@ -110,17 +110,14 @@ def measure(parts: Mapping[str, Part]) -> tuple[int, float, float]:
     plan = {key: own.statistics for key, own in parts.items()}
     merging, writing, size = [], [], 0
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
-        with CheckpointFolder(Path(name)) as folder:
+        with RunFolder(Path(name)) as folder:
             for step in range(REPEATS):
                 started = time.perf_counter()
                 states = merge_over_world(plan, parts, torch.device("cpu"))
                 merged = time.perf_counter()
-                snapshot = Snapshot({"step": step + 1}, {}, states)
-                data = snapshot.to_bytes()
-                folder.write(snapshot, data)
+                _, size = folder.write(Snapshot({"step": step + 1}, {}, states))
                 merging.append(merged - started)
                 writing.append(time.perf_counter() - merged)
-                size = len(data)
     return size, statistics.median(merging), statistics.median(writing)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megascore.capture import SpoolStore, spool_folder
+from megascore.capture import SpoolStore
+from megascore.capture.spool_folder import SpoolFolder
+from megascore.files.locks import Owner
 
 OTHER_PROCESS = """
 import sys, time, torch
@@ -93,7 +96,7 @@ def test_two_stores_of_one_process_share_a_place(tmp_path: Path) -> None:
 
 
 def test_a_process_number_that_is_in_use_again_proves_nothing(tmp_path: Path) -> None:
-    path = left_behind(tmp_path, process=os.getpid(), host="here", kernel=spool_folder._kernel())
+    path = left_behind(tmp_path, process=os.getpid(), host="here", kernel=Owner.here().kernel)
     SpoolStore(tmp_path).close()
     assert not path.exists()
 
@@ -123,7 +126,7 @@ def test_an_owner_that_has_not_said_who_it_is_may_be_on_another_machine(tmp_path
 def test_what_is_no_folder_of_ours_stays(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    own = left_behind(elsewhere, process=1, host="here", kernel=spool_folder._kernel())
+    own = left_behind(elsewhere, process=1, host="here", kernel=Owner.here().kernel)
     folder = tmp_path / "spool"
     folder.mkdir()
     (folder / "megascore-spool-of-a-link").symlink_to(own)
@@ -141,7 +144,7 @@ def test_a_folder_that_is_taken_away_while_it_is_made_gives_way_to_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between making a folder and locking it, one who tidies up takes it for one that was left behind."""
-    lock_file, taken = spool_folder.fcntl.flock, []
+    lock_file, taken = fcntl.flock, []
 
     def after_it_was_taken_away(lock: int, operation: int) -> None:
         if not taken:
@@ -151,7 +154,7 @@ def test_a_folder_that_is_taken_away_while_it_is_made_gives_way_to_another(
             path.rmdir()
         lock_file(lock, operation)
 
-    monkeypatch.setattr(spool_folder.fcntl, "flock", after_it_was_taken_away)
+    monkeypatch.setattr(fcntl, "flock", after_it_was_taken_away)
     store = SpoolStore(tmp_path)
     store.put("a", torch.ones(3))
     assert torch.equal(store.get("a", "cpu"), torch.ones(3))
@@ -163,7 +166,7 @@ def test_storage_without_locks_is_used_and_never_tidied(tmp_path: Path, monkeypa
     def no_locks(_lock: int, _operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(spool_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     first = SpoolStore(tmp_path)
     first.put("a", torch.ones(3))
     SpoolStore(tmp_path).close()
@@ -178,5 +181,5 @@ def test_a_folder_that_cannot_say_whose_it_is_does_not_stay(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        spool_folder.SpoolFolder(tmp_path)
+        SpoolFolder(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -80,13 +80,16 @@ def copy_of(job: Job, folder: Path, model_root: Path) -> Job:
     return copy
 
 
-def run_on_rank(job: Job, overrides: Sequence[str] = ()) -> str:
-    """Run the job in a world of the pool; return what was shown, or the text of a user's error."""
+def run_on_rank(job: Job, overrides: Sequence[str] = (), **seams: Any) -> str:
+    """Run the job in a world of the pool; return what was shown, or the text of a user's error.
+
+    The seams are those of `run_job`.
+    """
     from megascore.job.job import run_job
 
     shown = io.StringIO()
     try:
-        run_job(load_config(job.config, overrides), Console(file=shown, width=200))
+        run_job(load_config(job.config, overrides), Console(file=shown, width=200), **seams)
     except MegascoreError as error:
         return f"{shown.getvalue()}{type(error).__name__}: {error}"
     return shown.getvalue()

@@ -6,36 +6,18 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megascore.resume import folder as checkpoint_folder
+from megascore.files.whole import write_whole
 from megascore.resume.progress_file import RunState, read_status
 from tests.job.resumable import Job, assert_same_scores, make_job, run_on_rank
 from tests.pool import WorkerPool
 
 FAILING_STEP = 4
-
-
-@contextmanager
-def broken_write(instead: Callable[[Path], None]) -> Iterator[None]:
-    """Let something happen when the checkpoint of `FAILING_STEP` is written, in place of the write's own beginning."""
-    whole = checkpoint_folder.write_whole
-
-    def breaking(path: Path, content: bytes, **options: Any) -> None:
-        if f"{FAILING_STEP:08d}" in path.name:
-            instead(path)
-        whole(path, content, **options)
-
-    checkpoint_folder.write_whole = breaking
-    try:
-        yield
-    finally:
-        checkpoint_folder.write_whole = whole
 
 
 def no_space(path: Path) -> None:
@@ -64,8 +46,14 @@ FAILURES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def run_with(failure: str, job: Job, overrides: list[str]) -> str:
-    with broken_write(FAILURES[failure][0]):
-        return run_on_rank(job, overrides)
+    """Let something happen when the checkpoint of `FAILING_STEP` is written, before the write itself begins."""
+
+    def write(path: Path, content: bytes, **options: Any) -> None:
+        if f"{FAILING_STEP:08d}" in path.name:
+            FAILURES[failure][0](path)
+        write_whole(path, content, **options)
+
+    return run_on_rank(job, overrides, write=write)
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -97,23 +85,16 @@ def test_all_ranks_end_with_one_error_and_the_last_good_checkpoint_stands(
 
 
 def run_without_progress_file(job: Job) -> str:
-    """Make the progress file's place a folder after the first steps: writing it then fails, on rank 0 alone."""
-    from megascore.job import steps
+    """Make the progress file's place a folder when a checkpoint is there: writing it then fails, on rank 0 alone."""
 
-    run_step = steps._run_step
+    def write(path: Path, content: bytes, **options: Any) -> None:
+        if path.name == "progress.json" and (path.parent / "megascore-step-00000002.safetensors").is_file():
+            if path.is_file():
+                path.unlink()
+            (path / "inside").mkdir(parents=True, exist_ok=True)
+        write_whole(path, content, **options)
 
-    def blocking(config: Any, step: int, *others: Any) -> None:
-        run_step(config, step, *others)
-        target = job.checkpoints / "progress.json"
-        if step == 2 and target.is_file():
-            target.unlink()
-            (target / "inside").mkdir(parents=True)
-
-    steps._run_step = blocking
-    try:
-        return run_on_rank(job, ["parallel.pipeline=2"])
-    finally:
-        steps._run_step = run_step
+    return run_on_rank(job, ["parallel.pipeline=2"], write=write)
 
 
 def test_a_progress_file_that_can_not_be_written_stops_all_ranks(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megascore.resume.folder import CheckpointFolder
+from megascore.resume.folder import RunFolder
 from megascore.resume.progress_file import RunState, read_status
 from megascore.resume.snapshot import Snapshot
 from tests.job.resumable import Job, assert_same_scores, copy_of, make_job, run_on_rank
@@ -103,7 +103,7 @@ def test_a_run_that_only_lacks_its_result_writes_it(
     assert status["tokens"] == undisturbed.scores().metadata["num_tokens"]
     assert set(status) - set(of_full_pass) == {"block", "total_blocks"}
     assert status["layout"] == of_full_pass["layout"]
-    folder = CheckpointFolder(job.checkpoints)
+    folder = RunFolder(job.checkpoints)
     assert [path.name[-15:] for path in folder.checkpoints()] == ["004.safetensors", "005.safetensors"]
     folder.close()
     job.output.unlink()
@@ -136,7 +136,7 @@ def change(job: Job, **changes: Callable[[dict[str, Any]], object]) -> None:
     path.write_bytes(replace(snapshot, **parts).to_bytes())
 
 
-def test_a_finished_layer_is_believed_only_if_it_has_what_the_model_declares(
+def test_a_done_layer_is_believed_only_if_it_has_what_the_model_declares(
     stopped: Job, model_root: Path, tmp_path: Path, world: WorkerPool
 ) -> None:
     fc2, block = "decoder.layers.0.mlp.linear_fc2/ffn", "decoder.layers.0/layers/block_similarity"
@@ -169,13 +169,13 @@ def test_a_finished_layer_is_believed_only_if_it_has_what_the_model_declares(
     ):
         assert f" {difference};" in told[0].replace(". Go on", ";"), difference
     assert told[0].count(";") == 8
-    assert "RankFailure: comparing the finished layers failed on rank 0" in told[1]
+    assert "RankFailure: comparing the layers that are done failed on rank 0" in told[1]
     assert not job.output.exists()
 
     job = copy_of(stopped, tmp_path / "another", model_root)
     change(job, cursor=lambda cursor: cursor.update(block=6))
     told = world.run(1, run_on_rank, job, (BLOCKWISE,))
-    assert "CheckpointError: the checkpoint tells of 6 finished blocks, and this model has 4 layers" in told[0]
+    assert "CheckpointError: the checkpoint tells of 6 blocks that are done, and this model has 4 layers" in told[0]
 
 
 def test_checkpoints_come_as_often_as_was_asked_for(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:

@@ -208,9 +208,9 @@ def test_another_architecture_with_the_same_weights_is_refused(
 
 def test_starting_afresh_goes_on_after_a_death_while_loading(stopped: Job, world: WorkerPool) -> None:
     """What was dropped is not missed by the next start."""
-    from megascore.resume.folder import CheckpointFolder
+    from megascore.resume.folder import RunFolder
 
-    with CheckpointFolder(stopped.checkpoints) as folder:
+    with RunFolder(stopped.checkpoints) as folder:
         folder.start_afresh("a launch that died", is_restart=False)
     told = world.run(1, run_on_rank, stopped)[0]
     assert "no checkpoint in" in told

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megascore.resume.folder import CheckpointFolder
+from megascore.resume.folder import RunFolder
 from tests.job.resumable import (
     NUM_STEPS,
     Job,
@@ -106,7 +106,7 @@ def test_saving_on_request_goes_on(model_root: Path, tmp_path: Path, world: Work
     # One because of the signal, and one at the end.
     assert told[0].count("checkpoint of step") == 2
     assert job.output.exists()
-    folder = CheckpointFolder(job.checkpoints)
+    folder = RunFolder(job.checkpoints)
     names = [path.name for path in folder.checkpoints()]
     assert names == ["megascore-step-00000003.safetensors", "megascore-step-00000006.safetensors"]
     folder.close()

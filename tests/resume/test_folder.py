@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -15,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from megascore.errors import CheckpointError
-from megascore.resume import snapshot as snapshot_module
-from megascore.resume.folder import CheckpointFolder, is_in_use
-from megascore.resume.snapshot import Snapshot, differences, identity_of
+from megascore.files.tensor_file import decode, encode
+from megascore.resume.folder import RunFolder
+from megascore.resume.progress_file import is_in_use
+from megascore.resume.snapshot import Snapshot
 
 FILE_OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "close", "stat", "ftruncate")
 
@@ -28,15 +28,14 @@ def snapshot(step: int) -> Snapshot:
 
 
 def write_steps(path: Path, *steps: int) -> None:
-    with CheckpointFolder(path) as folder:
-        if (found := folder.newest()) is not None:
-            folder.trust(found)
+    with RunFolder(path) as folder:
+        folder.find(snapshot(0).identity)
         for step in steps:
-            folder.write(snapshot(step), snapshot(step).to_bytes())
+            folder.write(snapshot(step))
 
 
 def newest_step(path: Path) -> int:
-    with CheckpointFolder(path) as folder:
+    with RunFolder(path) as folder:
         found = folder.newest()
     assert found is not None
     assert float(found.snapshot.states["decoder.layers.0.x/ffn/l2_norm"]["sums"][3]) == found.snapshot.step
@@ -98,7 +97,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_pa
 
 def test_the_two_newest_are_kept(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2, 3, 4)
-    with CheckpointFolder(tmp_path) as folder:
+    with RunFolder(tmp_path) as folder:
         names = [path.name for path in folder.checkpoints()]
     assert names == ["megascore-step-00000003.safetensors", "megascore-step-00000004.safetensors"]
 
@@ -106,14 +105,14 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
 def test_a_damaged_newest_gives_way_to_the_one_before_it_and_says_so(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
     damage(tmp_path / "megascore-step-00000002.safetensors")
-    with CheckpointFolder(tmp_path) as folder:
+    with RunFolder(tmp_path) as folder:
         found = folder.newest()
         assert found is not None
         assert found.snapshot.step == 1
         assert found.skipped == ("megascore-step-00000002.safetensors doesn't match its own checksum",)
         # The next one takes the damaged one's place, and the good one before it stays.
-        folder.trust(found)
-        folder.write(snapshot(2), snapshot(2).to_bytes())
+        assert folder.find(snapshot(0).identity) is not None
+        folder.write(snapshot(2))
     assert newest_step(tmp_path) == 2
     assert (tmp_path / "megascore-step-00000001.safetensors").exists()
 
@@ -124,7 +123,7 @@ def test_truncated_checkpoints_alone_are_refused_and_nothing_changes(length: int
     for path in tmp_path.glob("megascore-step-*"):
         path.write_bytes(path.read_bytes()[:length])
     before = {path.name: path.read_bytes() for path in tmp_path.glob("megascore-step-*")}
-    folder = CheckpointFolder(tmp_path)
+    folder = RunFolder(tmp_path)
     with pytest.raises(
         CheckpointError, match=r"no checkpoint in .* is whole \(megascore-step-00000002.safetensors can't be read"
     ):
@@ -136,44 +135,45 @@ def test_truncated_checkpoints_alone_are_refused_and_nothing_changes(length: int
 def test_a_foreign_file_is_refused_by_what_it_is(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "megascore-step-00000009.safetensors")
     words = "is a safetensors file, but no checkpoint of a run"
-    with CheckpointFolder(tmp_path) as folder, pytest.raises(CheckpointError, match=words):
+    with RunFolder(tmp_path) as folder, pytest.raises(CheckpointError, match=words):
         folder.newest()
 
 
-def test_another_schema_is_refused_with_both_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot_module, "SCHEMA_VERSION", 0)
+def test_another_schema_is_refused_with_both_versions(tmp_path: Path) -> None:
     write_steps(tmp_path, 1)
-    monkeypatch.undo()
+    (path,) = tmp_path.glob("megascore-step-*")
+    content, tensors = decode("megascore_checkpoint", path.read_bytes())
+    path.write_bytes(encode("megascore_checkpoint", {**content, "schema_version": 0}, tensors))
     words = "schema version 0, and this megascore goes on from 1 only"
-    with CheckpointFolder(tmp_path) as folder, pytest.raises(CheckpointError, match=words):
+    with RunFolder(tmp_path) as folder, pytest.raises(CheckpointError, match=words):
         folder.newest()
 
 
 def test_a_folder_that_is_replaced_while_a_run_is_in_it_gets_nothing(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints"
-    with CheckpointFolder(path) as folder:
+    with RunFolder(path) as folder:
         path.rename(tmp_path / "moved")
         with pytest.raises(FileNotFoundError):
-            folder.write(snapshot(1), snapshot(1).to_bytes())
+            folder.write(snapshot(1))
         path.mkdir()
         with pytest.raises(FileNotFoundError, match="replaced"):
-            folder.write(snapshot(1), snapshot(1).to_bytes())
+            folder.write(snapshot(1))
     assert list(path.iterdir()) == []
 
 
 def test_a_second_opener_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
-    with CheckpointFolder(tmp_path):
+    with RunFolder(tmp_path):
         assert is_in_use(tmp_path)
         with pytest.raises(CheckpointError, match=f"another run is using .* \\(process {os.getpid()} on "):
-            CheckpointFolder(tmp_path)
+            RunFolder(tmp_path)
     assert not is_in_use(tmp_path)
-    CheckpointFolder(tmp_path).close()
+    RunFolder(tmp_path).close()
 
 
 def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"can't be used: Not a directory"):
-        CheckpointFolder(tmp_path / "file" / "checkpoints")
+        RunFolder(tmp_path / "file" / "checkpoints")
 
 
 def test_snapshots_survive_bytes_exactly() -> None:
@@ -195,29 +195,21 @@ def test_snapshots_survive_bytes_exactly() -> None:
     assert torch.equal(copy.sums["loss"], original.sums["loss"])
 
 
-def test_every_difference_between_two_runs_is_named() -> None:
-    own = identity_of(model={"weights": "a" * 64, "dtype": "float32"}, scores=[{"target": "ffn"}, {"target": "layers"}])
-    saved = identity_of(model={"weights": "b" * 64, "dtype": "float32"}, scores=[{"target": "kv_heads"}])
-    told = differences(json.loads(json.dumps(saved)), own)
-    assert [text.split(" is ")[0] for text in told] == ["model.weights", "scores[0].target", "scores[1].target"]
-    assert "scores[1].target is 'not given' there, 'layers' here" in told
-    assert differences(own, own) == []
-
-
 def test_starting_afresh_drops_what_was_there_once_for_each_launch(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
     (tmp_path / "progress.json").write_text("{}")
     foreign = tmp_path / "step-00000001.safetensors"
     foreign.write_text("somebody else's")
-    with CheckpointFolder(tmp_path) as folder:
+    with RunFolder(tmp_path) as folder:
         # Also where the launcher restarts ranks that had died before they came to this.
-        assert len(folder.start_afresh("a", is_restart=True)) == 2
+        folder.start_afresh("a", is_restart=True)
         assert folder.newest() is None
         assert not (tmp_path / "progress.json").exists()
     assert foreign.exists()
     write_steps(tmp_path, 3)
-    with CheckpointFolder(tmp_path) as folder:
-        assert folder.start_afresh("a", is_restart=False) == []
-        assert folder.start_afresh("b", is_restart=True) == []
+    with RunFolder(tmp_path) as folder:
+        folder.start_afresh("a", is_restart=False)
+        folder.start_afresh("b", is_restart=True)
         assert folder.newest() is not None
-        assert len(folder.start_afresh("b", is_restart=False)) == 1
+        folder.start_afresh("b", is_restart=False)
+        assert folder.newest() is None
