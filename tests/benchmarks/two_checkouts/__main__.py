@@ -151,7 +151,9 @@ def crossed_row_of(case: Case, folder: Path, checkouts: Sequence[Path]) -> Row:
     if refused:
         verdict = "refused"
     elif found.scores:
-        verdict = "MISREAD"
+        # What goes on from the old files as from its own has read them; then its scores themselves are others.
+        as_own = not compare(folder / "new" / case.name, own, checkouts).scores
+        verdict = "read, as its own" if as_own else "MISREAD"
     else:
         verdict = "read, equal" if GOING_ON in said or GOING_ON not in said_by_old else "equal, begun afresh"
     lines = [line for line in said.splitlines() if refused and line][:1]

@@ -23,6 +23,8 @@ MAY_DIFFER = re.compile(r"(megascore\.)?(metadata\.)?(created|versions\..*)|mega
 REPLACED: Sequence[tuple[str, str]] = (
     (r"(?m)^(host|process|started|updated|tokens_per_second|eta_seconds): .*$", r"\1: ..."),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?", "TIME"),
+    # Shown where a run takes long enough for it.
+    (r"(?m)^scoring: step .* left\n", ""),
     (r"[\d,.]+ tokens/s", "N tokens/s"),
     (r"took \d+:\d\d:\d\d", "took TIME"),
     (r"MB in [\d.]+ s", "MB in N s"),
