@@ -16,6 +16,7 @@ from megascore.parallel.axes import describe
 from megascore.parallel.merge import Plan, union_of_plans
 from megascore.parallel.placed import PlacedHook
 from megascore.scores.score_file import split_key
+from megascore.sites.inventory import grouped
 from megascore.sites.places import KIND_OF_TARGET, ModelView
 from megascore.sites.requests import ScoreRequest
 from megascore.sites.site import Site, build_sites, requests_present_in
@@ -161,7 +162,8 @@ class DryRun:
             ModelError: a target matches nothing on any rank.
         """
         plans = {group.ranks[0]: group.plan.statistics for group in self.groups}
-        requests_present_in({KIND_OF_TARGET[split_key(key).target] for key in union_of_plans(plans)}, requests)
+        found = {KIND_OF_TARGET[split_key(key).target] for key in union_of_plans(plans)}
+        requests_present_in(found, requests, grouped(name for group in self.groups for name in group.plan.unknown))
 
 
 def samples_of_step(view: ModelView, global_batch_size: int) -> int:
