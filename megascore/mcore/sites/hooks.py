@@ -23,6 +23,7 @@ from megascore.hooks import (
 )
 from megascore.hooks.weights import whole_weight
 from megascore.mcore.sites.fused_norm import WeightAlone, norm_module
+from megascore.mcore.sites.heads import kv_heads_of_projection
 from megascore.mcore.sites.placement import place_hidden_states, place_kv_heads, place_row_parallel_input
 from megascore.mcore.world.groups import DenseGroups
 from megascore.parallel.axes import Shard
@@ -107,14 +108,35 @@ class MegatronIndependentKvHeadContributionHook(PlacedHook, IndependentKvHeadCon
         Collective over the tensor axis where there are fewer KV heads than tensor-parallel ranks.
 
         Args:
-            linear_layer: The projection, whose ``config`` has ``num_query_groups``.
-            activation_hooks_kwargs: Not used; callers that make all hooks alike pass it.
+            linear_layer: The projection.
+            activation_hooks_kwargs: As the parent takes them: ``block_config`` with ``attention.num_key_value_heads``,
+                and ``model``, whose attention that has this projection says the number, too. Without both the
+                projection's own ``config`` has to, as ``num_query_groups``.
+
+        Raises:
+            HookStateError: nothing says how many KV heads there are, or two of these contradict each other.
+            ModelError: heads can't share the projection's inputs equally.
         """
-        config: Any = linear_layer.config
+        groups = DenseGroups.of(linear_layer)
+        total = place_row_parallel_input(linear_layer, groups).shard.total
+        given = activation_hooks_kwargs or {}
+        self._build_for(linear_layer, kv_heads_of_projection(linear_layer, given, total, groups.axis("tp").size))
+
+    @classmethod
+    def for_heads(cls, linear_layer: nn.Module, num_kv_heads: int) -> MegatronIndependentKvHeadContributionHook:
+        """Return a hook for a projection of which ``num_kv_heads``, on all ranks, share the inputs equally.
+
+        Collective over the tensor axis where there are fewer KV heads than tensor-parallel ranks.
+        """
+        hook = cls.__new__(cls)
+        hook._build_for(linear_layer, num_kv_heads)
+        return hook
+
+    def _build_for(self, linear_layer: nn.Module, num_kv_heads: int) -> None:
         groups = DenseGroups.of(linear_layer)
         self._tensor_group = groups.larger_than_one("tp").get("tp")
         self._columns = place_row_parallel_input(linear_layer, groups).shard
-        placement = place_kv_heads(int(config.num_query_groups), groups)
+        placement = place_kv_heads(num_kv_heads, groups)
         self._width = self._columns.total // placement.shard.total
         self._is_spread = self._columns.length < placement.shard.length * self._width
         layer: Any = linear_layer
