@@ -43,7 +43,7 @@ def attach(
 
     Collective over the world where torch.distributed is initialised: all ranks attach, `step` and `finish` together.
     The model is put in evaluation mode until the run is closed. A plain PyTorch model counts as one data-parallel
-    replica on each rank.
+    replica on each rank. Rank 0 warns, by name, of modules with channels, heads or experts of kinds that are not known.
 
     Args:
         model: A Megatron-Core model, the list of its virtual-pipeline chunks, or a Hugging Face model; wrapped or not.

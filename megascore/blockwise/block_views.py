@@ -30,8 +30,8 @@ class PartView:
 
     @property
     def unknown(self) -> Sequence[str]:
-        """What is unknown in the whole model."""
-        return self.whole.unknown
+        """Nothing: what is unknown in the model is told of the whole."""
+        return ()
 
     @property
     def layout(self) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from itertools import groupby
 from rich.console import Console
 
 from megascore.job.planned import DryRun, OneLayer, RankPlan
+from megascore.sites.inventory import grouped
 
 __all__ = ["format_bytes", "render_dry_run"]
 
@@ -73,9 +74,9 @@ def _without_hook(dry_run: DryRun) -> list[str]:
     for group in dry_run.groups:
         for name, kind in group.plan.unscored.items():
             names[kind].add(name)
-    unknown = {name for group in dry_run.groups for name in group.plan.unknown}
+    unknown = grouped(name for group in dry_run.groups for name in group.plan.unknown)
     known = [f"No hook: {len(where)} x {kind}: not in 'scores'" for kind, where in sorted(names.items())]
-    return known + [f"No hook: {name}: not a module that megascore knows" for name in sorted(unknown)]
+    return known + [f"No hook: {name}: not a module that megascore knows" for name in unknown]
 
 
 def _ranks(dry_run: DryRun) -> Iterator[str]:

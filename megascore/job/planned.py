@@ -16,6 +16,7 @@ from megascore.hooks import ForwardHook
 from megascore.parallel.axes import describe
 from megascore.parallel.merge import Plan, union_of_plans
 from megascore.scores.score_file import split_key
+from megascore.sites.inventory import grouped
 from megascore.sites.places import ModelView
 from megascore.sites.requests import ScoreRequest
 from megascore.sites.site import Presence, Site, build_sites, requests_present_in
@@ -162,7 +163,8 @@ class DryRun:
             ModelError: a target matches nothing on any rank.
         """
         plans = {group.ranks[0]: group.plan.statistics for group in self.groups}
-        requests_present_in({TARGETS[split_key(key).target].kind for key in union_of_plans(plans)}, requests)
+        found = {TARGETS[split_key(key).target].kind for key in union_of_plans(plans)}
+        requests_present_in(found, requests, grouped(name for group in self.groups for name in group.plan.unknown))
 
 
 def samples_of_step(view: ModelView, global_batch_size: int) -> int:

@@ -82,6 +82,8 @@ class Place:
     """Name in this rank's own module tree."""
     placement: Placement
     read: Reader
+    num_heads: int | None = field(default=None, kw_only=True)
+    """Query heads that share the channels equally, at an attention output projection."""
     local_mask: LocalMask = field(default=batch_first_mask, kw_only=True)
     mask_follower: MaskFollower | None = field(default=None, kw_only=True)
     """What `local_mask` depends on; places may share one."""
@@ -120,7 +122,11 @@ class ModelView(Protocol):
 
     @property
     def unknown(self) -> Sequence[str]:
-        """Global names of modules on this rank that have channels, heads or experts, but of a kind that isn't known."""
+        """Modules on this rank that have channels, heads or experts, but of a kind that isn't known.
+
+        Each with its global name, or the local one outside of layers, and its class. All others are at a place, or
+        their channels are scored at another one, as the outputs of a projection are where they are read.
+        """
 
     @property
     def layout(self) -> Mapping[str, Any]:

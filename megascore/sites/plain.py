@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from megascore.errors import ModelError
 from megascore.parallel.axes import Axis, Placement, Role
 from megascore.parallel.comm import world_rank, world_size
-from megascore.sites.families import FAMILIES, Family
+from megascore.sites.families import FAMILIES, HEADS, Family
+from megascore.sites.heads import config_kv_heads, plain_heads
+from megascore.sites.inventory import is_norm, joined, norm_width, unaccounted
 from megascore.sites.places import Place, first_tensor
 from megascore.sites.targets import PlaceKind
 
@@ -34,31 +36,35 @@ class PlainModelView:
         self.modules: Sequence[nn.Module] = (model,)
         self._family, self._prefix, self._layers = _find_layers(model)
         self._config = _text_config(model)
+        self._hidden_size = int(self._config.hidden_size)
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:
         """Sizes of the model, from its Hugging Face config."""
         config = self._config
-        heads, hidden = config.num_attention_heads, config.hidden_size
+        heads, hidden = config.num_attention_heads, self._hidden_size
         return {
             "name": getattr(config, "_name_or_path", "") or type(self.modules[0]).__name__,
             "num_layers": len(self._layers),
             "hidden_size": hidden,
             "num_attention_heads": heads,
-            "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or hidden // heads,
+            # With multi-latent attention each head has keys and values of its own.
+            "num_kv_heads": heads if hasattr(config, "kv_lora_rank") else config_kv_heads(config) or heads,
+            "head_dim": _head_size(config),
             "ffn_hidden_size": config.intermediate_size,
         }
 
-    @property
+    @cached_property
     def unknown(self) -> Sequence[str]:
-        """Layers without one of the modules that are looked for."""
-        return [
-            f"decoder.layers.{number}: no {module_name}"
-            for number, layer in enumerate(self._layers)
-            for module_name in self._family.modules
-            if not any(name == module_name for name, _ in layer.named_modules())
-        ]
+        """Modules with channels, heads or experts that are neither scored nor known to be scored elsewhere."""
+        names = {f"{place.local_name}." for place in self.places if place.kind is not PlaceKind.LAYER}
+        found = []
+        for number, layer in enumerate(self._layers):
+            path = f"{self._prefix}{self._family.list_name}.{number}."
+            scored = {name[len(path) : -1] for name in names if name.startswith(path)}
+            for inside, what in unaccounted(layer, scored | self._family.inputs):
+                found.append(f"{joined(f'decoder.layers.{number}', inside)}: {what}")
+        return found + [f"{path}: {what}" for path, what in unaccounted(self.modules[0], self._known_outside())]
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -80,38 +86,80 @@ class PlainModelView:
             path, name = f"{self._prefix}{self._family.list_name}.{number}", f"decoder.layers.{number}"
             yield self._place(PlaceKind.LAYER, name, layer, path, 1)
             modules = dict(layer.named_modules())
-            for module_name, (kind, global_name) in self._family.modules.items():
-                if module_name in modules:
-                    yield self._linear_or_norm(
-                        kind, f"{name}.{global_name}", modules[module_name], f"{path}.{module_name}"
-                    )
-            if (projection := modules.get(self._family.projection)) is not None:
-                local_name = f"{path}.{self._family.projection}"
-                num_kv_heads = int(self.facts["num_kv_heads"])
-                yield self._place(
-                    PlaceKind.KV_HEADS, f"{name}.self_attention.linear_proj", projection, local_name, num_kv_heads
-                )
+            for module_name, (kind, global_name) in self._family.projections.items():
+                # Others, such as a sum of several products, have no inputs of which each is one column of a weight.
+                if isinstance(getattr(modules.get(module_name), "in_features", None), int):
+                    local_name = f"{path}.{module_name}"
+                    yield from self._projection(kind, f"{name}.{global_name}", modules, module_name, local_name)
+            for module_name, global_name in self._norms_of(layer).items():
+                yield self._norm(f"{name}.{global_name}", modules[module_name], f"{path}.{module_name}")
         modules = dict(self.modules[0].named_modules())
         for place, name in self._family.outer_norms.items():
-            around = place.startswith("..")
-            prefix = self._prefix.rpartition(".")[0].rpartition(".")[0] if around else self._prefix.rstrip(".")
-            local_name = ".".join(part for part in (prefix, place.removeprefix("..")) if part)
+            local_name = self._outside(place)
             # Embeddings of another width are no part of the hidden states that run through the layers.
-            width = getattr(getattr(modules.get(local_name), "weight", None), "shape", None)
-            if width == (self.facts["hidden_size"],):
-                yield self._linear_or_norm(PlaceKind.NORM, name, modules[local_name], local_name)
+            if local_name in modules and norm_width(modules[local_name]) in (self._hidden_size, None):
+                yield self._norm(name, modules[local_name], local_name)
 
-    def _linear_or_norm(self, kind: PlaceKind, name: str, module: nn.Module, local_name: str) -> Place:
-        width = self.facts["hidden_size"] if kind is PlaceKind.NORM else module.in_features
-        assert isinstance(width, int)
-        return self._place(kind, name, module, local_name, width)
+    def _norms_of(self, layer: nn.Module) -> Mapping[str, str]:
+        """Return the norms of a layer over the hidden size, with their global names; none where these are unknown."""
+        found = {
+            name
+            for name, module in layer.named_modules()
+            if name not in self._family.inputs
+            and is_norm(name.rpartition(".")[2], module)
+            and norm_width(module) in (self._hidden_size, None)
+        }
+        # Those inside of attention or MLP do not say where the others stand.
+        direct = {name for name in found if "." not in name}
+        return next((names for names in self._family.norms if names.keys() in (found, direct)), {})
 
-    def _place(self, kind: PlaceKind, name: str, module: nn.Module, local_name: str, num_channels: int) -> Place:
+    def _projection(
+        self, kind: PlaceKind, name: str, modules: Mapping[str, nn.Module], module_name: str, local_name: str
+    ) -> Iterator[Place]:
+        module: Any = modules[module_name]
+        width = int(module.in_features)
+        if kind is not PlaceKind.ATTENTION_PROJECTION:
+            yield self._place(kind, name, module, local_name, width)
+            return
+        heads = plain_heads(name, modules.get(self._family.attention, module), width, self._config)
+        yield self._place(kind, name, module, local_name, width, heads.num_heads)
+        if heads.num_kv_heads is not None:
+            yield self._place(PlaceKind.KV_HEADS, name, module, local_name, heads.num_kv_heads)
+
+    def _norm(self, name: str, module: nn.Module, local_name: str) -> Place:
+        return self._place(PlaceKind.NORM, name, module, local_name, self._hidden_size)
+
+    def _outside(self, place: str) -> str:
+        """Return the local name of a module that a `Family` names by its place from what holds the layers."""
+        holder = self._prefix.rstrip(".")
+        around = holder.rpartition(".")[0] if place.startswith("..") else holder
+        return ".".join(part for part in (around, place.removeprefix("..")) if part)
+
+    def _known_outside(self) -> set[str]:
+        """Return the paths of what needs no score outside of the layers, and of the layers themselves."""
+        family, holder = self._family, self._prefix.rstrip(".").split(".")
+        around = [".".join((*holder[:depth], "")).lstrip(".") for depth in range(len(holder) + 1)]
+        return {
+            f"{self._prefix}{family.list_name}",
+            *(place.local_name for place in self.places if place.kind is PlaceKind.NORM),
+            *(self._outside(place) for place in family.outer_inputs),
+            *(f"{path}{head}" for path in around for head in HEADS),
+        }
+
+    def _place(
+        self,
+        kind: PlaceKind,
+        name: str,
+        module: nn.Module,
+        local_name: str,
+        num_channels: int,
+        num_heads: int | None = None,
+    ) -> Place:
         replicas = Axis("dp", world_rank(), world_size())
         placement = Placement.whole(num_channels, ((replicas, Role.SUM),))
         read = _read_norm if kind is PlaceKind.NORM else _read
         groups = {"dp": dist.group.WORLD} if dist.group.WORLD is not None and world_size() > 1 else {}
-        return Place(kind, name, module, local_name, placement, read, groups=groups)
+        return Place(kind, name, module, local_name, placement, read, groups=groups, num_heads=num_heads)
 
 
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
@@ -136,7 +184,7 @@ def _find_layers(model: nn.Module) -> tuple[Family, str, nn.ModuleList]:
         for family in FAMILIES.values():
             # Among its own children: a compiled model has the attributes of the one inside as well.
             layers = dict(module.named_children()).get(family.list_name)
-            if isinstance(layers, nn.ModuleList) and len(layers) and hasattr(layers[0], family.marker):
+            if isinstance(layers, nn.ModuleList) and any(hasattr(layer, family.marker) for layer in layers):
                 return family, (f"{name}." if name else ""), layers
     children = ", ".join(name for name, _ in model.named_children())
     known = " or ".join(f"'{family.list_name}' with '{family.marker}' inside" for family in FAMILIES.values())
@@ -144,6 +192,12 @@ def _find_layers(model: nn.Module) -> tuple[Family, str, nn.ModuleList]:
         f"{type(model).__name__} has no {known} (found: {children}). Plain models need the module names of the Llama "
         "family (mlp.down_proj, self_attn.o_proj) or of BERT; a Megatron-Core model is recognised by its own class."
     )
+
+
+def _head_size(config: Any) -> int:
+    """Return the size of a head's part of the attention's output."""
+    sizes = (getattr(config, name, None) for name in ("v_head_dim", "head_dim"))
+    return next((int(size) for size in sizes if size), config.hidden_size // config.num_attention_heads)
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megascore.errors import LayoutError, ModelError
+from megascore.errors import ModelError
 from megascore.hooks import Merge, State, Statistic
-from megascore.parallel.comm import gather_objects, world_size
+from megascore.parallel.comm import gather_objects, world_rank, world_size
 from megascore.parallel.forms import placed
 from megascore.parallel.merge import Part, Plan, agree_on_plan
 from megascore.parallel.placed import PlacedHook
+from megascore.sites.heads import width_of_head
+from megascore.sites.inventory import grouped
 from megascore.sites.places import ModelView, Place, check_covers_world
 from megascore.sites.requests import ScoreRequest
 from megascore.sites.targets import PlaceKind
@@ -96,7 +99,7 @@ def check_places(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
     _refuse_shared_modules(view)
     for request, place in _wanted(view, requests):
         check_covers_world(place, world_size())
-        _unit_size(view, request, place)
+        _unit_size(request, place)
 
 
 def _refuse_shared_modules(view: ModelView) -> None:
@@ -128,7 +131,7 @@ def build_sites(view: ModelView, requests: Sequence[ScoreRequest], present: Pres
     for request, place in _wanted(view, requests):
         with present(place.module):
             hook = hook_at(place, request)
-        sites.append(Site(place, request, hook, _unit_size(view, request, place)))
+        sites.append(Site(place, request, hook, _unit_size(request, place)))
     return tuple(sites)
 
 
@@ -150,32 +153,46 @@ def hook_at(place: Place, request: ScoreRequest) -> PlacedHook:
 def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:
     """Return the requests without those that may be left out, and are for nothing that the model has.
 
-    Collective over the world.
+    Collective over the world. Rank 0 warns of what the model has, but the view does not know.
 
     Raises:
-        ModelError: on every rank, where no rank has a place for another one.
+        ModelError: on every rank, where no rank has a place for another one, or any place at all.
     """
-    found = {kind for kinds in gather_objects({place.kind for place in view.places}) for kind in kinds}
-    return requests_present_in(found, requests)
+    gathered = gather_objects(({place.kind for place in view.places}, tuple(view.unknown)))
+    found = {kind for kinds, _ in gathered for kind in kinds}
+    unknown = grouped(name for _, names in gathered for name in names)
+    present = requests_present_in(found, requests, unknown)
+    if unknown and world_rank() == 0:
+        warnings.warn(f"not scored, as no module that megascore knows: {'; '.join(unknown)}.", stacklevel=3)
+    return present
 
 
-def requests_present_in(found: Collection[PlaceKind], requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:
+def requests_present_in(
+    found: Collection[PlaceKind], requests: Sequence[ScoreRequest], unknown: Sequence[str] = ()
+) -> tuple[ScoreRequest, ...]:
     """Return the requests that are for one of the kinds of places in a model, and complain of others that must be.
 
     Not collective.
 
+    Args:
+        found: The kinds.
+        requests: What to score.
+        unknown: What else the model has, for errors.
+
     Raises:
-        ModelError: a request is for none of them, and may not be left out.
+        ModelError: a request is for none of them, and may not be left out; or there are none at all.
     """
-    present = []
+    present, has = [], f" It has, of kinds that are not known: {'; '.join(unknown)}." if unknown else ""
     for request in requests:
         if request.kind in found:
             present.append(request)
         elif not request.where_present:
             raise ModelError(
                 f"target '{request.target}' matches no module on any rank: the model has no "
-                f"{request.kind.value} that megascore knows. Drop it from 'scores'."
+                f"{request.kind.value} that megascore knows.{has} Drop it from 'scores'."
             )
+    if not present:
+        raise ModelError(f"the model has no module that megascore knows for any of the scores.{has}")
     return tuple(present)
 
 
@@ -202,10 +219,9 @@ def _wanted(view: ModelView, requests: Sequence[ScoreRequest]) -> Iterator[tuple
                 yield request, place
 
 
-def _unit_size(view: ModelView, request: ScoreRequest, place: Place) -> int:
+def _unit_size(request: ScoreRequest, place: Place) -> int:
+    """Return how many channels are ranked as one: those of a head, which the place knows."""
     if not request.ranked.heads:
         return 1
-    head_dim, total = int(view.facts["head_dim"]), place.placement.shard.total
-    if total % head_dim:
-        raise LayoutError(f"{place.name} has {total} input channels, not a multiple of the head size {head_dim}.")
-    return head_dim
+    assert place.num_heads is not None
+    return width_of_head(place.name, place.placement.shard.total, place.num_heads)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from rich.console import Console
+from torch import nn
 
 from megascore.config import DataConfig, JobConfig, ModelConfig, ParallelConfig, RunConfig
 from megascore.errors import ConfigError, DataError, LayoutError, MegascoreError, ModelError
@@ -244,6 +245,25 @@ def test_a_function_of_the_users_builds_on_the_meta_device(models: Path) -> None
     config = job(models / "llama", ParallelConfig(tensor=2, pipeline=2))
     provided = ModelConfig(provider=f"{__name__}:provider_for_any_device", dtype="float32")
     assert pretend(replace(config, model=provided)).groups == pretend(config).groups
+
+
+def provider_with_a_tower(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    chunks = provider_for_any_device(parallel, device, dtype)
+    for layer in chunks[0].decoder.layers[:2]:
+        layer.add_module("adapter", nn.Linear(4, 4, device=device))
+    chunks[0].tower = nn.Sequential(nn.Linear(4, 4, device=device))
+    return chunks
+
+
+def test_what_is_unknown_is_listed(models: Path) -> None:
+    provider_for_any_device.model = models / "llama"  # type: ignore[attr-defined]
+    config = job(models / "llama", ParallelConfig())
+    shown = show(replace(config, model=ModelConfig(provider=f"{__name__}:provider_with_a_tower", dtype="float32")))
+    unknown = [line for line in shown.splitlines() if "not a module that megascore knows" in line]
+    assert unknown == [
+        "No hook: decoder.layers.*.adapter: Linear (2 layers): not a module that megascore knows",
+        "No hook: tower: Sequential: not a module that megascore knows",
+    ]
 
 
 def provider_that_looks_at_values(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype) -> Any:

@@ -100,7 +100,8 @@ def on_plain() -> Found:
         num_layers, head_dim = len(model.layers), tiny_decoder.HIDDEN // tiny_decoder.HEADS
         return {
             **expected_scores(recorder, num_layers, head_dim),
-            **expected_contributions(recorder, num_layers, 2, STEPS),
+            # Its values are as many as its queries, whatever its config says.
+            **expected_contributions(recorder, num_layers, tiny_decoder.HEADS, STEPS),
         }
 
     return score_each(model, run_samples, oracle)

@@ -77,8 +77,8 @@ def expert_places(
         local_mask=masks.of_layer,
         **common,
     )
-    inside = _place_inside_expert(moe_layer.config, groups, copies)
-    for position, (module_name, module, read) in enumerate(_projections(experts, num_local)):
+    for position, (module_name, module, width, read) in enumerate(_projections(experts, num_local)):
+        inside = _place_inside_expert(name, width, moe_layer.config, groups, copies)
         expert_name = f"{name}.experts.{first + position}.linear_fc2"
         local_name = f"{path}.experts{module_name}"
         yield Place(
@@ -140,26 +140,41 @@ def _roles(groups: ExpertGroups, ep: Role, etp: Role) -> tuple[tuple[Axis, Role]
     )
 
 
-def _place_inside_expert(config: TransformerConfig, groups: ExpertGroups, copies: int) -> Placement:
-    etp, total = groups.axis("etp"), int(config.moe_ffn_hidden_size)
-    if total % etp.size:
-        raise LayoutError(f"moe_ffn_hidden_size {total} does not split over {etp.size} expert-tensor-parallel ranks.")
-    local = total // etp.size
+def _place_inside_expert(
+    name: str, width: int, config: TransformerConfig, groups: ExpertGroups, copies: int
+) -> Placement:
+    """Return the roles at the input of an expert's output projection, which has ``width`` columns on this rank."""
+    etp, said = groups.axis("etp"), int(config.moe_ffn_hidden_size)
+    total = width * etp.size
+    if total != said:
+        raise LayoutError(
+            f"{name}: experts have {width} channels on each of {etp.size} expert-tensor-parallel ranks, but "
+            f"moe_ffn_hidden_size is {said}: bring the two together."
+        )
     roles = _roles(groups, ep=Role.OWN, etp=Role.SHARD)
-    return Placement(Shard(etp.rank * local, local, total), roles, copies)
+    return Placement(Shard(etp.rank * width, width, total), roles, copies)
 
 
-def _projections(experts: nn.Module, num_local: int) -> Iterator[tuple[str, nn.Module, Reader]]:
-    """Yield name, module and reader for the input of each local expert's output projection; none of unknown classes."""
+def _projections(experts: Any, num_local: int) -> Iterator[tuple[str, nn.Module, int, Reader]]:
+    """Yield name, module, columns and reader for the input of each local expert's output projection.
+
+    There are none in experts of unknown classes.
+    """
     if hasattr(experts, "local_experts"):  # SequentialMLP
-        for position, expert in enumerate(experts.local_experts):  # type: ignore[arg-type]
-            yield f".local_experts.{position}.linear_fc2", expert.linear_fc2, _read_linear
+        for position, expert in enumerate(experts.local_experts):
+            linear = expert.linear_fc2
+            yield f".local_experts.{position}.linear_fc2", linear, linear.weight.shape[1], _read_linear
     elif hasattr(experts, "linear_fc2"):  # TEGroupedMLP
+        linear = experts.linear_fc2
         for position in range(num_local):
-            yield ".linear_fc2", experts.linear_fc2, _read_grouped_linear(position)  # type: ignore[misc]
+            # Of the versions of Transformer Engine that keep all experts in one tensor, only the config says it.
+            weight = getattr(linear, f"weight{position}", None)
+            width = experts.config.moe_ffn_hidden_size if weight is None else weight.shape[1]
+            yield ".linear_fc2", linear, width, _read_grouped_linear(position)
     elif hasattr(experts, "weight1"):  # GroupedMLP
+        width = experts.weight2.numel() // num_local // experts.config.hidden_size
         for position in range(num_local):
-            yield "", experts, _read_grouped_weights(experts, position)
+            yield "", experts, width, _read_grouped_weights(experts, position)
 
 
 def _read_all_experts(first: int, num_local: int) -> Reader:

@@ -24,6 +24,7 @@ from megascore.hooks import (
     RoutedL2NormHook,
     RouterWeightedNormHook,
 )
+from megascore.mcore.sites.heads import kv_heads_of_projection
 from megascore.mcore.sites.kv_heads import KvHeads
 from megascore.mcore.sites.placement import own_columns, place_hidden_states, place_row_parallel_input
 from megascore.mcore.world.groups import DenseGroups
@@ -115,12 +116,33 @@ class MegatronIndependentKvHeadContributionHook(placed(IndependentKvHeadContribu
         Collective over the tensor axis where there are fewer KV heads than tensor-parallel ranks.
 
         Args:
-            linear_layer: The projection, whose ``config`` has ``num_query_groups``.
-            activation_hooks_kwargs: Not used; callers that make all hooks alike pass it.
+            linear_layer: The projection.
+            activation_hooks_kwargs: As the parent takes them: ``block_config`` with ``attention.num_key_value_heads``,
+                and ``model``, whose attention that has this projection says the number, too. Without both the
+                projection's own ``config`` has to, as ``num_query_groups``.
+
+        Raises:
+            HookStateError: nothing says how many KV heads there are, or two of these contradict each other.
+            ModelError: heads can't share the projection's inputs equally.
         """
-        config: Any = linear_layer.config
         groups = DenseGroups.of(linear_layer)
-        self._heads = KvHeads(linear_layer, int(config.num_query_groups), groups)
+        total = place_row_parallel_input(linear_layer, groups).shard.total
+        given = activation_hooks_kwargs or {}
+        self._build_for(linear_layer, kv_heads_of_projection(linear_layer, given, total, groups.axis("tp").size))
+
+    @classmethod
+    def for_heads(cls, linear_layer: nn.Module, num_kv_heads: int) -> MegatronIndependentKvHeadContributionHook:
+        """Return a hook for a projection of which ``num_kv_heads``, on all ranks, share the inputs equally.
+
+        Collective over the tensor axis where there are fewer KV heads than tensor-parallel ranks.
+        """
+        hook = cls.__new__(cls)
+        hook._build_for(linear_layer, num_kv_heads)
+        return hook
+
+    def _build_for(self, linear_layer: nn.Module, num_kv_heads: int) -> None:
+        groups = DenseGroups.of(linear_layer)
+        self._heads = KvHeads(linear_layer, num_kv_heads, groups)
         self._build(self._heads.module(), self._heads.placement.shard.length)
         self.put(self._heads.placement, groups.larger_than_one("tp", "cp", "dp"), _device(linear_layer))
 

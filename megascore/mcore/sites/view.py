@@ -7,23 +7,25 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megascore.errors import ModelError
 from megascore.mcore.compat import replays_graphs, runs_fused
 from megascore.mcore.sites.experts import expert_facts, expert_layout, expert_places
-from megascore.mcore.sites.fused_norm import fused_norm_output, has_fused_norm, norm_module
+from megascore.mcore.sites.fused_norm import fused_norm_output, norm_module
+from megascore.mcore.sites.heads import megatron_heads
+from megascore.mcore.sites.inventory import decoder_of, unknown_in_layer, unknown_outside
 from megascore.mcore.sites.kv_heads import KvHeads
 from megascore.mcore.sites.masks import SequenceMask
+from megascore.mcore.sites.norms import norms_of_layer
 from megascore.mcore.sites.placement import own_columns, place_hidden_states, place_row_parallel_input
 from megascore.mcore.world.groups import DenseGroups
 from megascore.parallel.axes import Placement
+from megascore.sites.inventory import joined
 from megascore.sites.places import Place, Reader, first_tensor
 from megascore.sites.targets import PlaceKind
 
@@ -45,13 +47,12 @@ class MegatronModelView:
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
         """Find the decoder blocks and the process groups they were built with."""
         self.modules = tuple(chunks)
+        self._chunks = [(str(number) if len(chunks) > 1 else "", chunk) for number, chunk in enumerate(chunks)]
         self._blocks = [
-            (chunk_name, name, module)
-            for chunk_name, chunk in _named_chunks(chunks)
-            for name, module in chunk.named_modules()
-            if isinstance(module, TransformerBlock)
+            (joined(chunk_name, name), block) for chunk_name, chunk in self._chunks for name, block in decoder_of(chunk)
         ]
-        parts = [block for _, _, block in self._blocks] or [module for chunk in chunks for module in chunk.modules()]
+        blocks = [block for _, block in self._blocks]
+        parts = blocks or [module for chunk in chunks for module in chunk.modules()]
         built = next((part for part in parts if isinstance(getattr(part, "config", None), TransformerConfig)), None)
         if built is None:
             names = ", ".join(type(chunk).__name__ for chunk in chunks)
@@ -59,7 +60,7 @@ class MegatronModelView:
         self._config: TransformerConfig = built.config
         self._never_called = {
             id(part)
-            for _, _, block in self._blocks
+            for block in blocks
             for owner in block.modules()
             if runs_fused(owner)
             for part in owner.modules()
@@ -81,27 +82,26 @@ class MegatronModelView:
             "num_layers": config.num_layers,
             "hidden_size": config.hidden_size,
             "num_attention_heads": config.num_attention_heads,
-            "num_kv_heads": config.num_query_groups,
-            "head_dim": config.kv_channels,
+            # With multi-latent attention each head has keys and values of its own.
+            "num_kv_heads": (
+                config.num_attention_heads if isinstance(config, MLATransformerConfig) else config.num_query_groups
+            ),
+            "head_dim": config.v_head_dim if isinstance(config, MLATransformerConfig) else config.kv_channels,
             "ffn_hidden_size": config.ffn_hidden_size,
             **expert_facts(config),
         }
 
-    @property
+    @cached_property
     def unknown(self) -> Sequence[str]:
-        """Layers, attentions and MLPs on this rank that are not Megatron-Core's own."""
-        found = []
-        for _, _, block in self._blocks:
+        """Modules on this rank with channels, heads or experts, that are neither scored nor known to be elsewhere."""
+        found: list[str] = []
+        for path, block in self._blocks:
             for position, layer in enumerate(block.layers):
                 name = f"decoder.layers.{getattr(layer, 'layer_number', position + 1) - 1}"
-                if not isinstance(layer, TransformerLayer):
-                    found.append(f"{name}: {type(layer).__name__}")
-                    continue
-                if not hasattr(layer.self_attention, "linear_proj"):
-                    found.append(f"{name}.self_attention: {type(layer.self_attention).__name__}")
-                if not isinstance(layer.mlp, (MLP, MoELayer)):
-                    found.append(f"{name}.mlp: {type(layer.mlp).__name__}")
-        return found
+                prefix = f"{joined(path, 'layers')}.{position}."
+                places = [place for place in self.places if place.local_name.startswith(prefix)]
+                found += unknown_in_layer(name, layer, places, prefix, self._config.hidden_size)
+        return found + [name for chunk_name, chunk in self._chunks for name in unknown_outside(chunk_name, chunk)]
 
     @property
     def layout(self) -> Mapping[str, Any]:
@@ -132,21 +132,20 @@ class MegatronModelView:
                 "this process has captured CUDA graphs of the model's layers (cuda_graph_impl='local'), and hooks in "
                 "them are not called: score in a process that has captured none, or with cuda_graph_impl='none'."
             )
-        for chunk_name, block_name, block in self._blocks:
-            prefix = f"{chunk_name}{block_name}."
+        for path, block in self._blocks:
             for position, layer in enumerate(block.layers):
                 if isinstance(layer, TransformerLayer):
-                    yield from self._places_of_layer(layer, f"{prefix}layers.{position}")
+                    yield from self._places_of_layer(layer, f"{joined(path, 'layers')}.{position}")
             if getattr(block, "final_layernorm", None) is not None:
-                yield self._norm("decoder.final_layernorm", block.final_layernorm, f"{prefix}final_layernorm")
+                local_name = joined(path, "final_layernorm")
+                yield self._norm("decoder.final_layernorm", block.final_layernorm, local_name, _read_norm)
 
     def _places_of_layer(self, layer: TransformerLayer, path: str) -> Iterator[Place]:
         # layer_number counts from 1 over all (virtual) pipeline stages, whatever the position in this rank's list.
         name = f"decoder.layers.{layer.layer_number - 1}"
         yield self._hidden_states(PlaceKind.LAYER, name, layer, path, 1, _read_layer)
         if hasattr(layer.self_attention, "linear_proj"):
-            yield self._linear(PlaceKind.ATTENTION_PROJECTION, name, layer, path, "self_attention.linear_proj")
-            yield self._kv_heads(name, layer.self_attention.linear_proj, f"{path}.self_attention.linear_proj")
+            yield from self._attention(name, layer, path)
         if isinstance(layer.mlp, MLP):
             yield self._linear(PlaceKind.FFN_PROJECTION, name, layer, path, "mlp.linear_fc2")
         if isinstance(layer.mlp, MoELayer):
@@ -161,12 +160,25 @@ class MegatronModelView:
                     "mlp.shared_experts.linear_fc2",
                     communicates=not layer.mlp.shared_expert_overlap,
                 )
-        for norm, linear in (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1")):
-            module = getattr(layer, norm)
-            if not isinstance(module, IdentityOp):
-                yield self._norm(f"{name}.{norm}", module, f"{path}.{norm}")
-            elif (fused := _submodule(layer, linear)) is not None and has_fused_norm(fused):
-                yield self._norm(f"{name}.{norm}", fused, f"{path}.{linear}", _fused_norm_reader(fused))
+        for norm in norms_of_layer(layer, self._config.hidden_size)[0]:
+            read = _fused_norm_reader(norm.module) if norm.is_fused else _read_norm
+            yield self._norm(f"{name}.{norm.name}", norm.module, f"{path}.{norm.path}", read)
+
+    def _attention(self, name: str, layer: TransformerLayer, path: str) -> Iterator[Place]:
+        linear = "self_attention.linear_proj"
+        place = self._linear(PlaceKind.ATTENTION_PROJECTION, name, layer, path, linear)
+        total, tensor_size = place.placement.shard.total, self._groups.axis("tp").size
+        heads = megatron_heads(place.name, layer.self_attention, total, tensor_size)
+        yield replace(place, num_heads=heads.num_heads)
+        if heads.num_kv_heads is not None:
+            own = KvHeads(place.module, heads.num_kv_heads, self._groups)
+            yield replace(
+                place,
+                kind=PlaceKind.KV_HEADS,
+                placement=own.placement,
+                read=_linear_reader(own.own),
+                scored_module=own.module,
+            )
 
     def _linear(
         self, kind: PlaceKind, name: str, layer: nn.Module, path: str, linear: str, *, communicates: bool = True
@@ -177,15 +189,8 @@ class MegatronModelView:
         read = _linear_reader(lambda inputs: own_columns(inputs, placement.shard))
         return self._place(kind, f"{name}.{linear}", module, f"{path}.{linear}", placement, read, self._mask)
 
-    def _kv_heads(self, name: str, linear: nn.Module, path: str) -> Place:
-        heads = KvHeads(linear, self._config.num_query_groups, self._groups)
-        place_name, read = f"{name}.self_attention.linear_proj", _linear_reader(heads.own)
-        place = self._place(PlaceKind.KV_HEADS, place_name, linear, path, heads.placement, read, self._mask)
-        return replace(place, scored_module=heads.module)
-
-    def _norm(self, name: str, module: nn.Module, path: str, read: Reader | None = None) -> Place:
-        size = self._config.hidden_size
-        place = self._hidden_states(PlaceKind.NORM, name, module, path, size, read or _read_norm)
+    def _norm(self, name: str, module: nn.Module, path: str, read: Reader) -> Place:
+        place = self._hidden_states(PlaceKind.NORM, name, module, path, self._config.hidden_size, read)
         return replace(place, scored_module=lambda: norm_module(module))
 
     def _hidden_states(
@@ -206,16 +211,6 @@ class MegatronModelView:
     ) -> Place:
         groups = self._groups.larger_than_one("tp", "cp", "dp")
         return Place(kind, name, module, path, placement, read, local_mask=mask, groups=groups)
-
-
-def _named_chunks(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    for number, chunk in enumerate(chunks):
-        yield (f"{number}." if len(chunks) > 1 else ""), chunk
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    found = dict(module.named_modules()).get(path)
-    return found if isinstance(found, nn.Module) else None
 
 
 def _linear_reader(own: Callable[[Tensor], Tensor]) -> Reader:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import megascore
 from megascore.config import ModelConfig, ParallelConfig
 from megascore.errors import MegascoreError
+from tests.mcore.oracle import all_scores
 from tests.models import SIZES, save_checkpoint
 from tests.pool import RankErrors, WorkerPool
 
@@ -136,6 +137,23 @@ class Unknown(nn.Module):
 
     def forward(self, hidden: Tensor, **_: Any) -> Any:
         return self.inner[0](hidden)
+
+
+def test_each_hook_is_put_in_place_once(world: WorkerPool, checkpoint: str) -> None:
+    for num_sites, num_puts in world.run(2, count_puts, checkpoint):
+        assert (num_sites, num_puts) == (42, 42)
+
+
+def count_puts(checkpoint: str) -> tuple[int, int]:
+    """Count the calls of the method that all hooks share, on a model with every dense score."""
+    from unittest.mock import patch
+
+    from megascore.parallel.placed import PlacedHook
+
+    parallel = ParallelConfig(tensor=2)
+    with parallel_world(parallel), patch.object(PlacedHook, "put", autospec=True, side_effect=PlacedHook.put) as put:
+        with megascore.attach(load(checkpoint, parallel), scores=all_scores(1)) as run:
+            return len(run.sites), put.call_count
 
 
 def test_layers_that_the_model_runs_past_are_refused(world: WorkerPool, checkpoint: str) -> None:

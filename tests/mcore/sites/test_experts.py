@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megascore.config import ParallelConfig
 from megascore.errors import ModelError
@@ -188,3 +188,31 @@ def test_padding_among_an_experts_tokens_is_refused(option: str) -> None:
     )
     with pytest.raises(ModelError, match=f"{name}: with {option} set"):
         hook_at(place, ScoreRequest("experts", "router_weighted_norm"))
+
+
+def test_experts_of_other_sizes_or_makes_are_told(world: WorkerPool) -> None:
+    refused, unknown = world.run(1, look_at_other_experts)[0]
+    assert (
+        "experts have 24 channels on each of 1 expert-tensor-parallel ranks, but moe_ffn_hidden_size is 20" in refused
+    )
+    assert unknown == ["decoder.layers.1.mlp.experts: OtherExperts"]
+
+
+def look_at_other_experts() -> tuple[str, list[str]]:
+    from megascore.errors import LayoutError
+    from megascore.mcore.sites.view import MegatronModelView
+    from megascore.mcore.world.parallel_world import parallel_world
+    from tests.mcore.expert_model import build_expert_model
+
+    with parallel_world(ParallelConfig(), torch.device("cpu"), timedelta(seconds=60)):
+        (model,) = build_expert_model(ParallelConfig())
+        model.config.moe_ffn_hidden_size = 20
+        with pytest.raises(LayoutError) as caught:
+            _ = MegatronModelView([model]).places
+        model.config.moe_ffn_hidden_size = SIZES["moe_ffn"]
+        other = type("OtherExperts", (nn.Module,), {})()
+        other.weights = model.decoder.layers[1].mlp.experts.local_experts
+        model.decoder.layers[1].mlp.experts = other
+        view = MegatronModelView([model])
+        assert PlaceKind.ROUTED_EXPERTS in {place.kind for place in view.places}
+        return str(caught.value), list(view.unknown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megascore.config import ParallelConfig
+from megascore.errors import HookStateError, ModelError
 from megascore.hooks import (
     ForwardHook,
     IndependentChannelContributionHook,
@@ -146,6 +148,69 @@ def _row_parallel_linear(
         linear.weight.copy_(weight[:, rank * width : (rank + 1) * width])
         linear.bias.copy_(bias)
     return linear, rank
+
+
+def kv_settings(num_kv_heads: int | None, model: Any = None) -> dict[str, Any]:
+    block = SimpleNamespace(attention=SimpleNamespace(num_key_value_heads=num_kv_heads))
+    return {"block_config": block, "model": model, "optimize_for": "memory"}
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+def test_the_kv_head_hook_takes_what_its_parent_takes(num_kv_heads: int, world: WorkerPool) -> None:
+    """Of a layer that knows no heads, and of one in whose model other layers have other numbers of them."""
+    expected = expected_results(num_kv_heads)["MegatronIndependentKvHeadContributionHook"]
+    for results in world.run(2, run_kv_head_hooks, num_kv_heads):
+        assert len(results) == 4
+        for result in results:
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
+
+
+def run_kv_head_hooks(num_kv_heads: int) -> list[Tensor]:
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    from megascore.mcore import MegatronIndependentKvHeadContributionHook as Hook
+    from megascore.mcore.world.parallel_world import parallel_world
+
+    parallel = ParallelConfig(tensor=2)
+    with parallel_world(parallel, CPU, timedelta(seconds=60)):
+        # Its config says 2.
+        linear, rank = _row_parallel_linear(parallel, num_kv_heads=2)
+        config = SimpleNamespace(num_attention_heads=NUM_HEADS, hidden_size=NUM_INPUTS)
+        of_block = kv_settings(num_kv_heads, SimpleNamespace(config=config))
+        hooks = [Hook(linear, of_block), Hook(linear, kv_settings(num_kv_heads)), Hook.for_heads(linear, num_kv_heads)]
+        linear.config = ModelParallelConfig()
+        hooks.append(Hook(linear, of_block))
+        for hook in hooks:
+            linear.register_forward_hook(hook)
+        width = NUM_INPUTS // 2
+        for x in make_data()[2]:
+            linear(x[..., rank * width : (rank + 1) * width].contiguous())
+        return [hook.accumulate() for hook in hooks]
+
+
+def test_kv_heads_that_nobody_or_two_disagree_on_are_refused() -> None:
+    import megascore.mcore
+
+    linear = nn.Linear(NUM_INPUTS, NUM_OUTPUTS)
+    model = nn.Module()
+    model.attention = attention = nn.Module()
+    attention.linear_proj = linear
+    attention.config = SimpleNamespace(num_attention_heads=NUM_HEADS, num_query_groups=4)
+    hook = megascore.mcore.MegatronIndependentKvHeadContributionHook
+    with pytest.raises(HookStateError, match="the config of the projection has none. Give 'block_config'"):
+        hook(linear)
+    with pytest.raises(HookStateError, match="the attention has 4 and block_config has 2"):
+        hook(linear, kv_settings(2, model))
+    with pytest.raises(ModelError, match="8 query heads can't share 3 KV heads"):
+        hook(linear, kv_settings(3, SimpleNamespace(config=SimpleNamespace(head_dim=HEAD_DIM))))
+    with pytest.raises(ModelError, match="24 inputs, which are not those of 4 heads of 5"):
+        hook(linear, kv_settings(2, SimpleNamespace(config=SimpleNamespace(head_dim=5))))
+    with pytest.raises(HookStateError, match="24 inputs of the projection can't be shared by 5 KV heads"):
+        hook(linear, kv_settings(5))
+    of_model = hook(linear, {"model": model})
+    x = torch.ones(SEQUENCE_LENGTH, BATCH_SIZE, NUM_INPUTS)
+    of_model(linear, (x,), linear(x))
+    assert len(of_model.accumulate()) == 4
 
 
 @pytest.mark.parametrize("sequence", [False, True])
