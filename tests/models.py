@@ -50,8 +50,8 @@ DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def cache_keyword(model: torch.nn.Module) -> str:
-    """Return what a model of the installed transformers calls the cache that it takes."""
-    [keyword] = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
+    """Return what a model or a block of the installed transformers calls the cache that it takes."""
+    [keyword] = {"cache", "past_key_values", "past_key_value"} & set(inspect.signature(model.forward).parameters)
     return keyword
 
 

@@ -169,9 +169,9 @@ def test_a_buffer_without_content_is_refused(tmp_path: Path) -> None:
 def test_a_generation_cache_of_the_caller_is_refused() -> None:
     from transformers import DynamicCache
 
-    model = build("qwen2")
-    keyword = cache_keyword(model)
-    batches = [{**batch, keyword: DynamicCache(), "use_cache": True} for batch in make_batches(False)]
+    model: Any = build("qwen2")
+    keyword = cache_keyword(model.model.layers[0])
+    batches = [{**batch, cache_keyword(model): DynamicCache(), "use_cache": True} for batch in make_batches(False)]
     for cached in (True, False):
         with pytest.raises(ModelError, match=f"given a cache .{keyword} is a DynamicCache.: leave it out"):
             megascore.score_blockwise(model, None, batches, cache_block_outputs=cached)
