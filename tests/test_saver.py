@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import megascore
 from megascore.errors import ConfigError, MegascoreError
-from tests.models import SIZES, save_checkpoint
+from tests.models import SIZES, load_with_transformers, save_checkpoint
 from tests.pool import WorkerPool
 
 NUM_STEPS, BATCH_SIZE = 4, 4
@@ -36,9 +36,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def load(model_folder: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+    return load_with_transformers(model_folder, torch.float64)
 
 
 def batches() -> list[Tensor]:

@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from launch.agent import find_workers
-from tests.launch.processes import REPOSITORY, SECONDS, environment, start, wait_until
+from tests.launch.processes import (
+    REPOSITORY,
+    SECONDS,
+    environment,
+    skip_where_torch_keeps_signals,
+    start,
+    wait_until,
+)
 
 WORKER = """
 import os, signal, sys, time
@@ -96,13 +103,6 @@ def sleepers() -> Iterator[dict[bool, int]]:
     for process in processes.values():
         process.kill()
         process.wait()
-
-
-def skip_where_torch_keeps_signals() -> None:
-    from torch.distributed.run import get_args_parser
-
-    if "--signals-to-handle" not in get_args_parser().format_help():
-        pytest.skip("this torch (before 2.9) keeps all signals but SIGUSR1 for itself")
 
 
 def test_workers_are_the_children_that_lead_a_session(sleepers: dict[bool, int]) -> None:

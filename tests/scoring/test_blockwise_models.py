@@ -15,7 +15,7 @@ from megascore.capture.weights import MovingWeights
 from megascore.errors import DataError, ModelError
 from megascore.scoring.empty_model import empty_model
 from tests.mcore.oracle import ITERATIVE, all_scores
-from tests.models import SIZES, cache_keyword, save_checkpoint
+from tests.models import SIZES, cache_keyword, load_with_transformers, save_checkpoint
 from tests.scoring.test_blockwise import BOTH_MODES, assert_same, full_pass
 
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -147,9 +147,8 @@ def test_a_dtype_of_the_model_wins_over_that_of_the_file(tmp_path: Path) -> None
     folder = save_checkpoint(tmp_path / "llama", "llama")
     model = empty_model(folder).to(torch.float64)
     found = megascore.score_blockwise(model, None, make_batches(False), weights=folder)
-    from transformers import AutoModelForCausalLM
 
-    expected = full_pass(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), make_batches(False), None)
+    expected = full_pass(load_with_transformers(folder, torch.float64), make_batches(False), None)
     # The rotary table of the one was made in float32 and cast, as every part of it was.
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=0, msg=key)
