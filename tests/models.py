@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 
 __all__ = [
     "DENSE_FAMILIES",
     "FAMILIES",
     "SIZES",
     "cache_keyword",
+    "load_with_transformers",
     "reference_logits",
     "reference_loss",
     "save_checkpoint",
@@ -50,8 +53,8 @@ DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def cache_keyword(model: torch.nn.Module) -> str:
-    """Return what a model of the installed transformers calls the cache that it takes."""
-    [keyword] = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
+    """Return what a model or a block of the installed transformers calls the cache that it takes."""
+    [keyword] = {"cache", "past_key_values", "past_key_value"} & set(inspect.signature(model.forward).parameters)
     return keyword
 
 
@@ -71,7 +74,8 @@ def save_checkpoint(
         family: Key of `FAMILIES`.
         seed: Of the weights.
         max_shard_size: Of the safetensors files.
-        fused_experts: Save the experts of a layer in one tensor, as transformers 5 has them in memory.
+        fused_experts: Save the experts of a layer in one tensor, as transformers 5 has them in memory; the test is
+            skipped where an older one is installed.
         changes: Config values other than those of `SIZES` and `FAMILIES`.
 
     Returns:
@@ -79,8 +83,10 @@ def save_checkpoint(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if fused_experts and not _has_version("5.0"):
+        pytest.skip("transformers before 5 saves no fused experts")
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **_for_installed({**SIZES, **FAMILIES[family], **changes}))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,6 +96,31 @@ def save_checkpoint(
     form = {"save_original_format": False} if fused_experts else {}
     model.save_pretrained(directory, max_shard_size=max_shard_size, **form)
     return directory
+
+
+def _has_version(version: str) -> bool:
+    import transformers
+
+    return Version(transformers.__version__) >= Version(version)
+
+
+def _for_installed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as the installed transformers knows them: before 5 those of rotary embeddings were in two."""
+    rotary = dict(settings.get("rope_parameters") or {})
+    if not rotary or _has_version("5.0"):
+        return settings
+    settings = {key: value for key, value in settings.items() if key != "rope_parameters"}
+    if "rope_theta" in rotary:
+        settings["rope_theta"] = rotary.pop("rope_theta")
+    return settings if rotary["rope_type"] == "default" else settings | {"rope_scaling": rotary}
+
+
+def load_with_transformers(directory: Path | str, dtype: torch.dtype, **options: Any) -> Any:
+    """Return transformers' causal model of a directory in a dtype, whose keyword has changed its name."""
+    from transformers import AutoModelForCausalLM
+
+    keyword = "dtype" if _has_version("4.56") else "torch_dtype"
+    return AutoModelForCausalLM.from_pretrained(directory, **{keyword: dtype}, **options)
 
 
 def save_tokenizer(folder: Path) -> Path:
@@ -109,9 +140,7 @@ def save_tokenizer(folder: Path) -> Path:
 @torch.no_grad()
 def reference_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits of transformers, [B, S, V], for tokens [B, S]."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    model = load_with_transformers(directory, dtype, attn_implementation="eager")
     logits: torch.Tensor = model.eval()(tokens).logits
     return logits
 

@@ -32,7 +32,7 @@ def watch_largest(model: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def main(checkpoint: str, output: str) -> list[Tensor]:
     """Score channels on one text and heads on another; return what the model's own hook saw."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).float().train()
     seen = watch_largest(model)
     generator = torch.Generator().manual_seed(0)
     code, prose = torch.randint(model.config.vocab_size, (2, 4, SEQUENCE_LENGTH), generator=generator)

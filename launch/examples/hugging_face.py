@@ -29,7 +29,7 @@ def main(checkpoint: str, output: str) -> None:
         dist.init_process_group()
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).float().to(device)
     generator = torch.Generator().manual_seed(SEED)
     samples = list(torch.randint(model.config.vocab_size, (NUM_SAMPLES, SEQUENCE_LENGTH), generator=generator))
     # Batches of all ranks together, cut below: so that a step has the same samples however many ranks there are, and

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import megascore
 from megascore.errors import ConfigError, HookStateError, ModelError
 from tests.mcore.oracle import all_scores
-from tests.models import SIZES, save_checkpoint
+from tests.models import SIZES, load_with_transformers, save_checkpoint
 from tests.pool import WorkerPool
 
 HEAD_DIM = SIZES["hidden_size"] // SIZES["num_attention_heads"]
@@ -28,9 +28,7 @@ def model(folder: Path) -> nn.Module:
 
 
 def load(folder: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    return load_with_transformers(folder, torch.float64)
 
 
 def make_tokens(num_samples: int = 6) -> Tensor:
@@ -55,7 +53,10 @@ def test_scores_equal_formulas_on_raw_activations(model: nn.Module) -> None:
         module.register_forward_hook(
             lambda _, args, output, name=name, keep=keep_output: kept.update({name: output if keep else args[0]})
         )
-    decoder.layers[2].register_forward_hook(lambda _, args, output: kept.update(before=args[0], after=output))
+    # Blocks return a tuple before transformers 5.
+    decoder.layers[2].register_forward_hook(
+        lambda _, args, output: kept.update(before=args[0], after=output[0] if isinstance(output, tuple) else output)
+    )
     scores = score(model, tokens, len(tokens))
 
     def l2_norm(x_BSC: Tensor) -> Tensor:
@@ -96,6 +97,8 @@ def test_metadata_tells_what_was_seen(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "FSDP"])
 def test_data_parallel_ranks_add_up(sharded: bool, world: WorkerPool, folder: Path) -> None:
+    if sharded and not hasattr(torch.cpu.current_stream(), "record_event"):
+        pytest.skip("this torch (2.6, for one) shards with FSDP on GPUs only")
     expected = world.run(1, score_part, str(folder), False)[0]
     for scores in world.run(2, score_part, str(folder), sharded):
         assert scores.keys() == expected.keys()

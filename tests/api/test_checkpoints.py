@@ -19,7 +19,7 @@ import megascore
 from megascore.errors import ConfigError, MegascoreError
 from megascore.resume.snapshot import Snapshot
 from megascore.versions import installed_versions
-from tests.models import SIZES, save_checkpoint
+from tests.models import SIZES, load_with_transformers, save_checkpoint
 from tests.pool import WorkerPool
 
 NUM_STEPS, BATCH_SIZE = 4, 4
@@ -40,9 +40,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def load(model_folder: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+    return load_with_transformers(model_folder, torch.float64)
 
 
 def batches() -> list[Tensor]:

@@ -12,7 +12,7 @@ import megascore
 from megascore.errors import DataError
 from megascore.sites.places import batch_first_mask
 from tests.mcore.oracle import all_scores
-from tests.models import SIZES, save_checkpoint
+from tests.models import SIZES, load_with_transformers, save_checkpoint
 
 LENGTHS = (12, 1, 7, 4)
 STEPS = (slice(0, 2), slice(2, 4))
@@ -22,10 +22,8 @@ TOLERANCE = 1e-9
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     folder: Path = save_checkpoint(tmp_path_factory.mktemp("masks") / "llama", "llama")
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    loaded: nn.Module = load_with_transformers(folder, torch.float64)
     return loaded
 
 

@@ -16,7 +16,7 @@ from megascore.blockwise.moving_weights import MovingWeights
 from megascore.errors import DataError, ModelError
 from tests.blockwise.test_score_blocks import BOTH_MODES, assert_same, full_pass
 from tests.mcore.oracle import ITERATIVE, all_scores
-from tests.models import SIZES, cache_keyword, save_checkpoint
+from tests.models import SIZES, cache_keyword, load_with_transformers, save_checkpoint
 
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -147,9 +147,8 @@ def test_a_dtype_of_the_model_wins_over_that_of_the_file(tmp_path: Path) -> None
     folder = save_checkpoint(tmp_path / "llama", "llama")
     model = empty_model(folder).to(torch.float64)
     found = megascore.score_blockwise(model, None, make_batches(False), weights=folder)
-    from transformers import AutoModelForCausalLM
 
-    expected = full_pass(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), make_batches(False), None)
+    expected = full_pass(load_with_transformers(folder, torch.float64), make_batches(False), None)
     # The rotary table of the one was made in float32 and cast, as every part of it was.
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=0, msg=key)
@@ -169,9 +168,9 @@ def test_a_buffer_without_content_is_refused(tmp_path: Path) -> None:
 def test_a_generation_cache_of_the_caller_is_refused() -> None:
     from transformers import DynamicCache
 
-    model = build("qwen2")
-    keyword = cache_keyword(model)
-    batches = [{**batch, keyword: DynamicCache(), "use_cache": True} for batch in make_batches(False)]
+    model: Any = build("qwen2")
+    keyword = cache_keyword(model.model.layers[0])
+    batches = [{**batch, cache_keyword(model): DynamicCache(), "use_cache": True} for batch in make_batches(False)]
     for cached in (True, False):
         with pytest.raises(ModelError, match=f"given a cache .{keyword} is a DynamicCache.: leave it out"):
             megascore.score_blockwise(model, None, batches, cache_block_outputs=cached)

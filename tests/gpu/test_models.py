@@ -21,7 +21,7 @@ from megascore.environment import look_around
 from tests.gpu.conftest import sync_debug_mode
 from tests.mcore.expert_model import Variant, build_expert_model
 from tests.mcore.oracle import all_scores
-from tests.models import SIZES, save_checkpoint
+from tests.models import SIZES, load_with_transformers, save_checkpoint
 from tests.pool import WorkerPool
 
 LENGTH, NUM_SAMPLES = 64, 4
@@ -170,9 +170,7 @@ def test_a_world_of_one_talks_over_nccl(device: torch.device) -> None:
 
 
 def load_plain(checkpoint: str, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    return load_with_transformers(checkpoint, dtype)
 
 
 def score_plain(model: nn.Module, device: torch.device) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from launch import smollm2
 from megascore.hooks import (
@@ -23,6 +23,7 @@ from megascore.hooks import (
     L2NormHook,
     LayerNormContributionHook,
 )
+from tests.models import load_with_transformers
 
 LAYER, SEQUENCE_LENGTH, NUM_CALIBRATION, NUM_HELD_OUT = 10, 256, 16, 8
 FRACTION = 0.4
@@ -34,7 +35,7 @@ class Inputs:
 
     def __init__(self) -> None:
         folder = smollm2.convert_once(smollm2.default_folder())
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = load_with_transformers(folder, torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         text = Path("launch/text/northanger_abbey.txt").read_text(encoding="utf-8")
         num_tokens = (NUM_CALIBRATION + NUM_HELD_OUT) * SEQUENCE_LENGTH

@@ -17,7 +17,7 @@ import megascore
 from megascore.config import DataConfig, load_config
 from megascore.data import load_samples
 from megascore.errors import DataError, MegascoreError
-from tests.models import reference_logits
+from tests.models import load_with_transformers, reference_logits
 from tests.pool import WorkerPool
 
 LENGTHS = (20, 3, 16, 1, 9, 12, 2, 5, 30, 7)
@@ -85,13 +85,11 @@ def test_padded_documents_score_and_predict_on_every_layout_as_they_do_alone(
 
 def score_alone(model: Path, documents: Path) -> tuple[megascore.Scores, float, int]:
     """Run each document without padding through transformers: scores, loss per predicted token, number of tokens."""
-    from transformers import AutoModelForCausalLM
-
     samples = load_samples(DataConfig(jsonl=str(documents), packing=False, sequence_length=16), model, seed=5)
     assert samples.masks is not None
     rows = [row[None, : int(mask.sum())] for row, mask in zip(samples.tokens, samples.masks, strict=True)]
     assert sorted(row.shape[1] for row in rows) == sorted(min(16, length) for length in LENGTHS)
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    plain = load_with_transformers(model, torch.float64, attn_implementation="eager")
     nats, num_predicted = 0.0, 0
     with megascore.attach(plain) as scoring:
         for row in rows:

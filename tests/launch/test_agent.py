@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from launch.agent import find_workers
-from tests.launch.processes import REPOSITORY, SECONDS, environment, start, wait_until
+from tests.launch.processes import (
+    REPOSITORY,
+    SECONDS,
+    environment,
+    skip_where_torch_keeps_signals,
+    start,
+    wait_until,
+)
 
 WORKER = """
 import os, signal, sys, time
@@ -106,10 +113,8 @@ def test_workers_are_the_children_that_lead_a_session(sleepers: dict[bool, int])
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_every_rank_save_and_restarts_none(signum: signal.Signals, tmp_path: Path) -> None:
-    from torch.distributed.run import get_args_parser
-
-    if signum != signal.SIGUSR1 and "--signals-to-handle" not in get_args_parser().format_help():
-        pytest.skip("this torch (before 2.9) keeps all signals but SIGUSR1 for itself")
+    if signum != signal.SIGUSR1:
+        skip_where_torch_keeps_signals()
     world = World(tmp_path, SAVES, num_workers=2, max_restarts=2)
     world.signal(signum)
     code, error = world.end()
@@ -120,6 +125,7 @@ def test_a_signal_lets_every_rank_save_and_restarts_none(signum: signal.Signals,
 
 
 def test_the_second_sigterm_does_not_take_the_time_away(tmp_path: Path) -> None:
+    skip_where_torch_keeps_signals()
     world = World(tmp_path, SAVES, num_workers=2)
     world.signal(signal.SIGUSR1)
     wait_until(lambda: world.count("saved")[0] == 1, world.process)
@@ -164,6 +170,7 @@ def test_workers_that_do_not_stop_are_ended_after_the_time_given(tmp_path: Path)
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
+    skip_where_torch_keeps_signals()
     world = World(tmp_path, DOES_NOT_STOP, num_workers=1)
     world.signal(signal.SIGINT)
     wait_until(lambda: world.count("term") == [1], world.process)

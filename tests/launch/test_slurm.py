@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import REPOSITORY, SECONDS, put_fake_megascore, start, wait_until
+from tests.launch.processes import (
+    REPOSITORY,
+    SECONDS,
+    put_fake_megascore,
+    skip_where_torch_keeps_signals,
+    start,
+    wait_until,
+)
 
 SCRIPT = REPOSITORY / "launch" / "score.sbatch"
 CAN_GO_ON, FINISHED, UNREADABLE = "4", "0", "2"
@@ -139,6 +146,7 @@ def test_the_exit_code_of_a_run_that_nobody_stopped_passes_on(job: Job, code: in
 
 
 def test_a_cancelled_run_saves_and_is_not_requeued(job: Job) -> None:
+    skip_where_torch_keeps_signals()
     code, output = job.run(signum=signal.SIGTERM, FAKE_END="wait 75", FAKE_STATUS=CAN_GO_ON, real_agent=True)
     assert code == 75, output
     assert job.note("signal0") == "SIGTERM"

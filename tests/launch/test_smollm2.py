@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from launch import smollm2
 from megascore.config import DataConfig
 from megascore.data import load_samples
+from tests.models import load_with_transformers
 
 TEXT = Path("launch/text/northanger_abbey.txt")
 
@@ -150,7 +151,7 @@ def test_the_real_tokenizer_gives_the_text_back(real_folder: Path) -> None:
 def test_the_real_model_reads_the_shipped_text(real_folder: Path) -> None:
     samples = load_samples(DataConfig(text=str(TEXT), sequence_length=256, num_samples=4), real_folder)
     assert samples.num_available_samples == 319
-    model = AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32, local_files_only=True)
+    model = load_with_transformers(real_folder, torch.float32, local_files_only=True)
     tokens = samples.tokens[:2, :128]
     with torch.no_grad():
         loss = model(input_ids=tokens, labels=tokens).loss.item()
