@@ -1,4 +1,4 @@
-"""Which rooms may import what, seen from a fresh process."""
+"""Imports that rooms may make, seen from a fresh process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Catching what a block is given: a pre-hook keeps its arguments, and the forward pass ends there."""
+"""Capture of a block's arguments: a pre-hook keeps its arguments, and the forward pass ends there."""
 
 from __future__ import annotations
 

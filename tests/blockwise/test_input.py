@@ -1,4 +1,4 @@
-"""What `score_blockwise` says to bad input. One process; small models."""
+"""Bad input to `score_blockwise`, and what it says. One process; small models."""
 
 from __future__ import annotations
 

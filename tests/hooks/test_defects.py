@@ -1,4 +1,4 @@
-"""What the published implementation gets wrong, and misuse: each is right here, or a clear error."""
+"""Faults of the published implementation, and misuse: each is right here, or a clear error."""
 
 from __future__ import annotations
 

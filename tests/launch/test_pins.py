@@ -1,4 +1,4 @@
-"""Which versions the scripts ask pip for: the pure part, on made-up projects, packages and indexes."""
+"""The versions that the scripts ask pip for: the pure part, on made-up projects, packages and indexes."""
 
 from __future__ import annotations
 

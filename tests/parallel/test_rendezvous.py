@@ -1,4 +1,4 @@
-"""Meeting in a store that holds what earlier starts of the same run have left."""
+"""A meeting in a store that holds what earlier starts of the same run have left."""
 
 from __future__ import annotations
 
