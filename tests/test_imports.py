@@ -96,6 +96,7 @@ def wrong_imports(names: Sequence[str], folder: Path, depth: int) -> list[str]:
     return wrong
 
 
+@pytest.mark.fast
 def test_every_room_has_its_floor() -> None:
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert found - {"__init__", "__main__"} == set(ROOMS)
@@ -103,11 +104,13 @@ def test_every_room_has_its_floor() -> None:
     assert {f"mcore.{name}" for name in inside} == set(MCORE)
 
 
+@pytest.mark.fast
 def test_imports_run_one_way() -> None:
     assert wrong_imports(ROOMS, PACKAGE, 1) == []
     assert wrong_imports(MCORE, PACKAGE / "mcore", 2) == []
 
 
+@pytest.mark.fast
 def test_megatron_is_imported_in_one_room_only() -> None:
     wrong = [
         str(path.relative_to(PACKAGE))

@@ -18,6 +18,8 @@ from megascore.errors import ConfigError, DataError, ModelError
 from tests.blockwise.tiny_decoder import TinyDecoder, make_batches
 from tests.mcore.oracle import ITERATIVE
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("blocks", "message"),

@@ -19,6 +19,8 @@ from megascore.hooks import (
 )
 from tests.hooks.cases import CASES, ITERATIVE, Case, assert_same, every_additive, every_class, feed, random_calls
 
+pytestmark = pytest.mark.fast
+
 iterative_cases = [case for case in CASES if case.iterative]
 
 

@@ -11,6 +11,8 @@ from packaging.requirements import Requirement
 from launch import pins
 from launch.pins import Package
 
+pytestmark = pytest.mark.fast
+
 PROJECT: dict[str, Any] = {
     "build-system": {"requires": ["setuptools>=77"]},
     "project": {

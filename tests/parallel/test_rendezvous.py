@@ -12,6 +12,8 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 from megascore.errors import RankFailure
 from megascore.parallel.rendezvous import fresh_store
 
+pytestmark = pytest.mark.fast
+
 TIMEOUT = timedelta(seconds=20)
 
 
