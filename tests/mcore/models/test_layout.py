@@ -12,8 +12,6 @@ from megascore.mcore.models.layout import check_divisible, check_sequence_length
 from megascore.weights.architecture import Experts
 from megascore.weights.huggingface.config import HuggingFaceModelConfig
 
-pytestmark = pytest.mark.fast
-
 SMOLLM2 = HuggingFaceModelConfig(
     model_type="llama",
     num_layers=30,
