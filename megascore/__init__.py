@@ -1,11 +1,6 @@
 """Importance scores for Megatron-Core and Hugging Face models, the same on every parallel layout.
 
->>> import megascore
->>> with megascore.attach(model, recipe="minitron") as run:  # doctest: +SKIP
-...     for batch in loader:
-...         model(batch)
-...         run.step()
->>> run.finish().save("scores.safetensors")  # doctest: +SKIP
+`attach` scores a model in your own loop, `load_scores` reads the result; README.md shows both.
 """
 
 from __future__ import annotations

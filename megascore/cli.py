@@ -22,7 +22,7 @@ from megascore.scores.compare import compare, render_comparison
 from megascore.scores.report import render_scores
 from megascore.scores.score_file import load_scores
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 BEYOND_TOLERANCE = 1
 CODE_OF_STATE = {
@@ -62,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: wrong usage (2), ``--help`` and ``--version`` (0).
     """
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     return run_and_report(lambda: int(arguments.command(arguments)), _console(sys.stderr))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; what it returns has the command as the function ``command``."""
     parser = argparse.ArgumentParser(
         prog="megascore",
         description="Which channels, heads, features and layers of a model matter.",

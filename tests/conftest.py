@@ -1,7 +1,8 @@
-"""Fixtures that all tests share."""
+"""The fixture and the marks that all tests share."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,11 @@ def world() -> Iterator[WorkerPool]:
     pool = WorkerPool()
     yield pool
     pool.close()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Give a test the mark of its folder, `pytestmark` in the folder's __init__.py, unless it starts a world."""
+    if isinstance(item, pytest.Function) and "world" not in item.fixturenames:
+        mark = getattr(sys.modules[item.module.__package__], "pytestmark", None)
+        if mark is not None:
+            item.add_marker(mark)

@@ -10,6 +10,8 @@ from megascore.config import RunConfig, load_config
 from megascore.data.batches import num_steps
 from megascore.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What `megascore env` finds: stand-ins for packages on a path of their own, and imports in real processes."""
+"""Findings of `megascore env`: stand-ins for packages on a path of their own, and imports in real processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rooms may import what, seen from a fresh process."""
+"""Imports that rooms may make, seen from a fresh process."""
 
 from __future__ import annotations
 
@@ -123,6 +123,7 @@ def wrong_imports(names: Sequence[str], folder: Path, depth: int) -> list[str]:
     return wrong
 
 
+@pytest.mark.fast
 def test_every_room_has_its_floor() -> None:
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert found - {"__init__", "__main__"} == set(ROOMS)
@@ -130,11 +131,13 @@ def test_every_room_has_its_floor() -> None:
     assert {f"mcore.{name}" for name in inside} == set(MCORE)
 
 
+@pytest.mark.fast
 def test_imports_run_one_way() -> None:
     assert wrong_imports(ROOMS, PACKAGE, 1) == []
     assert wrong_imports(MCORE, PACKAGE / "mcore", 2) == []
 
 
+@pytest.mark.fast
 def test_megatron_is_imported_in_one_room_only() -> None:
     wrong = [
         str(path.relative_to(PACKAGE))

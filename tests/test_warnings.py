@@ -1,4 +1,4 @@
-"""Which warnings fail a test: those about calls of this project, not those of other libraries about themselves."""
+"""Warnings that fail a test: those about calls of this project, not those of other libraries about themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the examples score: a Hugging Face checkpoint in Megatron-Core, and made-up text. Yours come from your program.
+"""Model and data of the examples: a Hugging Face checkpoint in Megatron-Core, made-up text. Your program has its own.
 
 Every example runs as ``torchrun --nproc-per-node 2 launch/examples/NAME.py CHECKPOINT OUTPUT``, on GPUs or CPUs, with
 any checkpoint directory that `megascore score` takes (`megatron_loop.py` splits its KV heads over the two ranks).

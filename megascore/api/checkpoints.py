@@ -37,16 +37,7 @@ def checkpoints(
     data. A step has to hold the same samples whatever the layout: cut the global batch over data-parallel ranks, not
     the data set.
 
-    >>> with megascore.attach(model) as run, megascore.checkpoints(
-    ...     run, "checkpoints", total_steps=1000, identity={"data": "c4, seed 0", "weights": "step 12000"}
-    ... ) as saver:  # doctest: +SKIP
-    ...     for batch in itertools.islice(loader, saver.step, 1000):
-    ...         model(batch)
-    ...         run.step()
-    ...         saver.after_step()
-    ...     if not saver.finished:
-    ...         run.finish().save("scores.safetensors")
-    ...         saver.finish()
+    ``megascore/api/README.md`` has a whole loop.
 
     Args:
         run: From `attach`, with no step done.

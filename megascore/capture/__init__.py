@@ -1,4 +1,4 @@
-"""Catching the inputs of a model's blocks, so that each block can be run alone. Needs PyTorch and nothing else."""
+"""Capture of the inputs of a model's blocks, so that each block can be run alone. Needs PyTorch and nothing else."""
 
 from __future__ import annotations
 

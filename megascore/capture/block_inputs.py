@@ -1,4 +1,4 @@
-"""Catching what a block is given: a pre-hook keeps its arguments, and the forward pass ends there."""
+"""Capture of a block's arguments: a pre-hook keeps its arguments, and the forward pass ends there."""
 
 from __future__ import annotations
 
@@ -40,10 +40,13 @@ class Halt(BaseException):
 class BlockInputCapture:
     """Keeps all arguments of a block, forward pass after forward pass, and halts each pass there.
 
-    >>> with BlockInputCapture(model.layers[0]) as capture:  # doctest: +SKIP
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> batches = [torch.ones(1, 2), torch.zeros(4, 2)]
+    >>> with BlockInputCapture(model[1]) as capture:
     ...     for batch in batches:
     ...         capture.run(model, batch)
-    >>> output = model.layers[0](*capture.inputs[0].args, **capture.inputs[0].kwargs)  # doctest: +SKIP
+    >>> [list(model[1](*call.args, **call.kwargs).shape) for call in capture.inputs]
+    [[1, 3], [4, 3]]
 
     - Only this capture's own halt ends in `run`. Errors of the model, and halts of other captures (of an outer model,
       say), come through; the pass that they end leaves nothing in `inputs`.

@@ -1,4 +1,4 @@
-"""Ending a forward pass once everything that is looked at has been reached."""
+"""The end of a forward pass, once everything that is looked at has been reached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Walking through the arguments of a call: containers are rebuilt, what was shared stays shared, the rest is left."""
+"""A walk through the arguments of a call: containers are rebuilt, what was shared stays shared, the rest is left."""
 
 from __future__ import annotations
 

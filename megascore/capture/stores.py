@@ -1,4 +1,4 @@
-"""Where captured tensors wait: on their device, in the host's memory, or in files of a spool folder."""
+"""Stores in which captured tensors wait: on their device, in the host's memory, or in files of a spool folder."""
 
 from __future__ import annotations
 

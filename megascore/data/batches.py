@@ -1,4 +1,4 @@
-"""Which samples each data-parallel rank takes in each step; pure."""
+"""Batches: the samples that each data-parallel rank takes in each step; pure."""
 
 from __future__ import annotations
 

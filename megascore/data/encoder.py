@@ -1,4 +1,4 @@
-"""From text to token ids, with the tokenizer of a Hugging Face folder."""
+"""Text to token ids, with the tokenizer of a Hugging Face folder."""
 
 from __future__ import annotations
 

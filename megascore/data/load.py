@@ -1,4 +1,4 @@
-"""From the ``data`` section of a config to samples."""
+"""Loading: the ``data`` section of a config becomes samples."""
 
 from __future__ import annotations
 

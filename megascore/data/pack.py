@@ -1,4 +1,4 @@
-"""From streams and documents to samples of one length, in the seed's order, reading no more than is used.
+"""Packing: streams and documents become samples of one length, in the seed's order, reading no more than is used.
 
 The order is decided before anything is read, so fewer samples are the beginning of more:
 

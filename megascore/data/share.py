@@ -1,4 +1,4 @@
-"""From the rank that read the samples to all others, each of which keeps those that it runs."""
+"""Sharing: the rank that read the samples sends them to all others, each of which keeps those that it runs."""
 
 from __future__ import annotations
 

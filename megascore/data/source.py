@@ -1,4 +1,4 @@
-"""What every format gives: a stream of tokens, or documents of them; read only where they are used."""
+"""The contents of every format: a stream of tokens, or documents of them; read only where they are used."""
 
 from __future__ import annotations
 

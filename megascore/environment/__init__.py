@@ -1,4 +1,4 @@
-"""What is installed on this machine, and which optional paths of megascore it turns on: ``megascore env``."""
+"""``megascore env``: packages and devices of this machine, and the optional paths of megascore that they turn on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at this machine: torch and what it brings, GPUs, packages, and what follows from them."""
+"""A look at this machine: torch and what it brings, GPUs, packages, and what follows from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What megascore does in another way, or not at all, where a package or a GPU is missing."""
+"""Optional paths: abilities that change, or are lost, where a package or a GPU is missing."""
 
 from __future__ import annotations
 

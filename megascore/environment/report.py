@@ -1,4 +1,4 @@
-"""What ``megascore env`` shows."""
+"""The tables of ``megascore env``."""
 
 from __future__ import annotations
 

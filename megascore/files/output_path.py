@@ -1,4 +1,4 @@
-"""Where a score file may be written."""
+"""The path of a score file: checks before a run, and the write at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: forward hooks that turn activations into importance scores. Needs PyTorch alone."""
+"""Scores: forward hooks that turn activations into importance scores. Needs PyTorch alone."""
 
 from __future__ import annotations
 

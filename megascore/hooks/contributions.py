@@ -1,4 +1,4 @@
-"""What each kept channel contributes to a linear layer's output, given the channels that are pruned already."""
+"""Contributions of kept channels to a linear layer's output, given the channels that are pruned already."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
 """The registry of scores: every hook class that says what it ranks is a method, wherever it is defined.
 
->>> class Spread(ForwardHook, method="spread", targets=("ffn",), summary="..."): ...  # doctest: +SKIP
+``class Spread(ForwardHook, method="spread", targets=("ffn",), summary="...")`` makes ``{target: ffn, method: spread}``
+known to everything that reads a list of scores. Nothing else names it.
 
-makes ``{target: ffn, method: spread}`` known to everything that reads a list of scores. Nothing else names it.
+>>> import megascore.hooks
+>>> methods_of("kv_heads")["independent_contribution"].hook.__name__
+'IndependentKvHeadContributionHook'
 """
 
 from __future__ import annotations

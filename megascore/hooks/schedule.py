@@ -1,4 +1,4 @@
-"""How many channels each iteration of iterative pruning removes."""
+"""The schedule of iterative pruning: how many channels each iteration removes."""
 
 from __future__ import annotations
 

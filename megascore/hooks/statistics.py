@@ -1,4 +1,4 @@
-"""How a hook declares what it adds up: once, in global terms, so that everything else can be derived."""
+"""Statistics: a hook declares what it adds up once, in global terms, so that everything else can be derived."""
 
 from __future__ import annotations
 

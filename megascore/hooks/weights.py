@@ -1,4 +1,4 @@
-"""What the hooks that read a module's weights share: finding the weight, and knowing it again in a saved state."""
+"""The base of hooks that read a module's weights: finding the weight, and knowing it again in a saved state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a statistic sits in the parallel world: axes, the role each plays at a place, and this rank's part."""
+"""Axes of the parallel world, the role that each plays at a place, and this rank's part of a statistic there."""
 
 from __future__ import annotations
 

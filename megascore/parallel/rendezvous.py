@@ -1,4 +1,4 @@
-"""Meeting in a store that outlives the processes: torchrun keeps one store over its restarts of the ranks.
+"""A meeting in a store that outlives the processes: torchrun keeps one store over its restarts of the ranks.
 
 What the ranks before a restart left there, such as addresses at which nobody listens any more, would be taken for that
 of the new ones. (torch 2.13's own comment says that each try gets a new store; since agents share theirs, it doesn't.)

@@ -1,4 +1,4 @@
-"""How a failure leaves this process: one readable message, for people and for torchrun's summary."""
+"""Failures on their way out of this process: one readable message, for people and for torchrun's summary."""
 
 from __future__ import annotations
 

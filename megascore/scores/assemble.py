@@ -1,4 +1,4 @@
-"""From merged results to a score file's content: which vectors, in which order, with what beside them."""
+"""The content of a score file, made of merged results: which vectors, in which order, with what beside them."""
 
 from __future__ import annotations
 

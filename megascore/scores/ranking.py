@@ -1,4 +1,4 @@
-"""What competes with what, and which entries would go first."""
+"""Rankings: groups of entries that compete, and those that would go first."""
 
 from __future__ import annotations
 

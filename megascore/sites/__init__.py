@@ -1,1 +1,1 @@
-"""What can be scored in a model and where: targets, requests, places, sites, and the view of plain PyTorch models."""
+"""Sites: what can be scored in a model and where. Targets, requests, places, and the view of plain PyTorch models."""

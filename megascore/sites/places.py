@@ -1,4 +1,4 @@
-"""Where scores can be taken: the modules of a model, named and placed without regard to who runs them."""
+"""Places where scores can be taken: the modules of a model, named and placed without regard to who runs them."""
 
 from __future__ import annotations
 

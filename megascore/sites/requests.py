@@ -1,4 +1,4 @@
-"""Which scores a run computes: pairs of a target (what is ranked) and a method (the statistic that ranks it)."""
+"""The scores that a run computes: pairs of a target (what is ranked) and a method (the statistic that ranks it)."""
 
 from __future__ import annotations
 

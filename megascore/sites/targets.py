@@ -1,4 +1,4 @@
-"""What can be ranked: one table of targets, from which everything else that depends on a target is read."""
+"""Targets that can be ranked: one table, from which everything else that depends on a target is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports Megatron once, outside of any test: what its modules warn of on import would be errors inside."""
+"""One import of Megatron, outside of any test: what its modules warn of on import would be errors inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scoring one block at a time takes: peak resident memory and time, beside a full pass over the same batches.
+"""The cost of scoring one block at a time: peak resident memory and time, beside a full pass over the same batches.
 
     python -m tests.benchmarks.blockwise [--model FOLDER] [--samples 16] [--length 256] [--batch 2] [--threads 2]
 

@@ -1,4 +1,4 @@
-"""What ``run.blockwise`` takes in a Megatron job: peak resident memory and time, beside the same job in a full pass.
+"""The cost of ``run.blockwise`` in a Megatron job: peak resident memory and time, beside the same job in a full pass.
 
     python -m tests.benchmarks.blockwise_job [--samples 16] [--length 256] [--pipeline 1] [--megatron]
 

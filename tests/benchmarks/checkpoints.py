@@ -1,4 +1,4 @@
-"""What a checkpoint of a large model takes: ``python -m tests.benchmarks.checkpoints [FOLDER]``.
+"""The cost of a checkpoint of a large model: ``python -m tests.benchmarks.checkpoints [FOLDER]``.
 
 The states are those that the hooks declare for the real shapes of the models; they are merged as one rank does it,
 encoded, and written to FOLDER (a temporary one by default) with all syncing.

@@ -1,4 +1,4 @@
-"""What scoring costs: the full minitron recipe on layers of Llama-3-8B's shape, scored pass / plain pass.
+"""The cost of scoring: the full minitron recipe on layers of Llama-3-8B's shape, scored pass / plain pass.
 
     python -m tests.benchmarks.end_to_end [--layers 2] [--tokens 512] [--dtype bfloat16] [--device cuda] [--repeats 15]
 

@@ -1,4 +1,4 @@
-"""What the hooks cost, beside the published ones (nvidia-modelopt) on the same tensors in the same run.
+"""The cost of the hooks, beside the published ones (nvidia-modelopt) on the same tensors in the same run.
 
     python -m tests.benchmarks.hooks [--threads 2] [--repeats 15] [--alone KvHead] [--device cuda]
 

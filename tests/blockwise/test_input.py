@@ -1,4 +1,4 @@
-"""What `score_blockwise` says to bad input. One process; small models."""
+"""Bad input to `score_blockwise`, and what it says. One process; small models."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from megascore.capture import SpoolStore, stores
 from megascore.errors import ConfigError, DataError, ModelError
 from tests.blockwise.tiny_decoder import TinyDecoder, make_batches
 from tests.mcore.oracle import ITERATIVE
+
+pytestmark = pytest.mark.fast
 
 
 @pytest.mark.parametrize(

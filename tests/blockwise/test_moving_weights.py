@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from megascore.blockwise.moving_weights import MovingWeights
 from megascore.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 
 class Tied(nn.Module):
     """An embedding, two blocks and a head with the embedding's weight."""

@@ -1,4 +1,4 @@
-"""Capturing a block's inputs: all arguments, its own halt only, and nothing left behind."""
+"""Captured inputs of a block: all arguments, its own halt only, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where captured tensors wait: memory, a spool folder, the budget between, and what goes wrong there."""
+"""Stores of captured tensors: memory, a spool folder, the budget between, and what goes wrong there."""
 
 from __future__ import annotations
 

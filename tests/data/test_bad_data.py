@@ -1,4 +1,4 @@
-"""What is wrong with calibration data is named: file, line, field, and what was found instead."""
+"""Faults in calibration data are named: file, line, field, and what was found instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read of Transformer Engine's modules, and what differs with several GPUs: each risky thing by itself."""
+"""Transformer Engine's modules as they are read, and what differs with several GPUs: each risky thing by itself."""
 
 from __future__ import annotations
 

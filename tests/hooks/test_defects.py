@@ -1,4 +1,4 @@
-"""What the published implementation gets wrong, and misuse: each is right here, or a clear error."""
+"""Faults of the published implementation, and misuse: each is right here, or a clear error."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from megascore.hooks import (
     LayerNormContributionHook,
 )
 from tests.hooks.cases import CASES, ITERATIVE, Case, assert_same, every_additive, every_class, feed, random_calls
+
+pytestmark = pytest.mark.fast
 
 iterative_cases = [case for case in CASES if case.iterative]
 

@@ -22,6 +22,8 @@ from megascore.hooks import (
 )
 from megascore.hooks.schedule import num_pruned_after, pruning_schedule
 
+pytestmark = pytest.mark.fast
+
 
 def kv_settings(num_heads: int = 4, num_kv_heads: int = 2, **config: object) -> dict[str, object]:
     config = {"hidden_size": 6, "num_attention_heads": num_heads, **config}

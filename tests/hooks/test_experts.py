@@ -9,6 +9,8 @@ from torch import Tensor
 from megascore.errors import HookStateError
 from megascore.hooks import RoutedL2NormHook, RouterWeightedNormHook
 
+pytestmark = pytest.mark.fast
+
 NUM_EXPERTS, NUM_TOKENS, NUM_FEATURES, WITHOUT_TOKENS = 5, 40, 6, 3
 
 

@@ -1,4 +1,4 @@
-"""What hooks do on a GPU, as far as it can be told without one: no waiting, bounded memory, types that fit."""
+"""Hooks as they are on a GPU, as far as it can be told without one: no waiting, bounded memory, types that fit."""
 
 from __future__ import annotations
 

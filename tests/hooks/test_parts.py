@@ -9,6 +9,8 @@ from torch import Tensor
 from megascore.hooks import ForwardHook, IterativeChannelContributionHook
 from tests.hooks.cases import CASES, ITERATIVE, L2_NORM, Case, random_calls
 
+pytestmark = pytest.mark.fast
+
 
 def settle_together(hooks: list[ForwardHook]) -> None:
     """Do what an all-reduce would do."""

@@ -20,6 +20,8 @@ from tests.hooks.cases import (
     random_calls,
 )
 
+pytestmark = pytest.mark.fast
+
 # Inputs of any type are exact in float32, where tokens are added up some tens at a time: a few roundings of 6e-8.
 RTOL = 2e-6
 # Products of float32 matrices, or of bfloat16 ones in two parts (2^-17), round each output.

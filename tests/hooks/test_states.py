@@ -18,6 +18,8 @@ from megascore.hooks import (
 )
 from tests.hooks.cases import ITERATIVE, KV_HEAD, NUM_CALLS, Case, every_class, feed, random_calls
 
+pytestmark = pytest.mark.fast
+
 
 @every_class
 @pytest.mark.parametrize("done", range(NUM_CALLS + 1))

@@ -1,4 +1,4 @@
-"""What a run does not go on from: it names every difference, changes nothing, and never starts afresh by itself."""
+"""Checkpoints that a run refuses: it names every difference, changes nothing, and never starts afresh by itself."""
 
 from __future__ import annotations
 

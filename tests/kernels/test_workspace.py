@@ -12,6 +12,8 @@ from megascore.kernels import workspace
 from megascore.kernels.workspace import CAPACITY, Workspace
 from tests.hooks.cases import CASES, Case
 
+pytestmark = pytest.mark.fast
+
 CPU = torch.device("cpu")
 
 

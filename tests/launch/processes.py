@@ -1,4 +1,4 @@
-"""Starting the launch scripts as a user's shell would, and waiting for what they write."""
+"""The launch scripts, started as a user's shell would, and waiting for what they write."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_an_example_says_how_to_start_it_and_what_it_takes(name: str, plan: Plan
         assert f"{format_bytes(hidden * one_layer.num_samples)} of host memory" in text
         assert f"{format_bytes(hidden)} each" in text
         # As the table of examples says.
-        assert f"{format_bytes(one_layer.weight_bytes)} at a time |" in (ROOT / "README.md").read_text()
+        assert f"{format_bytes(one_layer.weight_bytes)} at a time |" in (ROOT / "launch/README.md").read_text()
     for start in (f"megascore score launch/configs/{name}.yaml run.steps=0", f"score.sh launch/configs/{name}.yaml"):
         assert start in text
     if "sent a sample" in text:
@@ -200,13 +200,13 @@ def test_an_example_is_started_as_it_says(monkeypatch: pytest.MonkeyPatch, capsy
     assert "24.2 GB bfloat16" in shown
 
 
-def test_the_readme_says_what_the_dry_run_of_llama_70b_says(plan: Plans) -> None:
+def test_the_pages_say_what_the_dry_run_of_llama_70b_says(plan: Plans) -> None:
     _, planned = plan("llama-3-70b")
     shown = io.StringIO()
     render_dry_run(planned, Console(file=shown, width=80))
     lines = [line.strip() for line in shown.getvalue().splitlines()]
-    readme = (ROOT / "README.md").read_text()
-    excerpt = readme.split("megascore score launch/configs/llama-3-70b.yaml run.steps=0")[1].split("```text\n")[1]
+    page = (ROOT / "megascore/job/README.md").read_text()
+    excerpt = page.split("megascore score launch/configs/llama-3-70b.yaml run.steps=0")[1].split("```text\n")[1]
     excerpt_lines = [line.strip() for line in excerpt.split("```")[0].splitlines() if line.strip()]
     assert len(excerpt_lines) > 8
     assert [line for line in excerpt_lines if line != "..." and line not in lines] == []
@@ -216,7 +216,7 @@ def test_the_readme_says_what_the_dry_run_of_llama_70b_says(plan: Plans) -> None
     sums = 80 * (28672 + 8192 + 1) + 161 * 8192 + 2 * len(planned.sites) + (80 + 80 + 161)
     scores = 80 * (28672 + 64 + 1) + 161 * 8192
     assert planned.finish_bytes == (sums + scores) * 8
-    table = readme.split("## What it sends")[1].split("\n## ")[0]
+    table = (ROOT / "megascore/parallel/README.md").read_text().split("## What it sends")[1].split("\n## ")[0]
     assert f"{format_bytes(planned.plan_of(0).sample_bytes)} for each sample with sequence parallelism" in table
     assert f"two all-reduces, {format_bytes(planned.finish_bytes)}, once" in table
     # The published hook gathers the inputs of both projections over the tensor-parallel ranks, in bfloat16.

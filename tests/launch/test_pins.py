@@ -1,4 +1,4 @@
-"""Which versions the scripts ask pip for: the pure part, on made-up projects, packages and indexes."""
+"""The versions that the scripts ask pip for: the pure part, on made-up projects, packages and indexes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 
 from launch import pins
 from launch.pins import Package
+
+pytestmark = pytest.mark.fast
 
 PROJECT: dict[str, Any] = {
     "build-system": {"requires": ["setuptools>=77"]},

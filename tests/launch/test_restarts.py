@@ -1,4 +1,4 @@
-"""Runs under torchrun itself: its own restart after a killed rank, and its own signal on a stop."""
+"""Runs under torchrun itself: its own restart after a killed rank, its own signal on a stop, its own summary."""
 
 from __future__ import annotations
 
@@ -81,3 +81,39 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_same_command_goes_on(jo
     assert "going on from" in log or "holds the finished scores" in log
     assert "another run is using" not in log
     assert job.output.exists()
+
+
+FAILING_WORLD = """
+import datetime, sys
+import torch, torch.distributed as dist
+from rich.console import Console
+from megascore.errors import DataError
+from megascore.process.failures import run_and_report
+
+def job():
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.barrier()
+    if dist.get_rank() == 1:
+        raise DataError("the text of rank 1 is too short")
+    dist.all_reduce(torch.ones(1))
+    return 0
+
+sys.exit(run_and_report(job, Console(stderr=True)))
+"""
+
+
+def test_torchrun_shows_the_error_of_the_rank_that_failed(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING_WORLD)
+    environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert result.returncode != 0
+    assert "megascore: error: rank 1: the text of rank 1 is too short" in result.stderr
+    root_cause = result.stderr.partition("Root Cause")[2]
+    assert "rank      : 1 (local_rank: 1)" in root_cause
+    assert "exitcode  : 2" in root_cause
+    assert "megascore: error: rank 1: the text of rank 1 is too short" in root_cause
+    assert "DataError" not in root_cause

@@ -12,6 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 
 SCRIPTS = [*sorted(Path("launch").glob("*.sh")), Path(".ci/run")]
 COMMANDS = ["launch/quickstart.sh", "launch/test.sh", "launch/pin.sh"]
@@ -97,6 +98,13 @@ def test_scripts_parse_and_pass_shellcheck(script: Path) -> None:
     assert shellcheck, "shellcheck is missing: pip install -e '.[dev]' brings it"
     result = subprocess.run([shellcheck, "-x", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_pre_commit_checks_what_the_test_script_checks() -> None:
+    script = Path("launch/test.sh").read_text().replace('"$PYTHON"', "python")
+    checks = re.findall(r"^    (python -m (?:ruff|mypy).*)$", script, re.M)
+    [local] = yaml.safe_load(Path(".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for hook in local["hooks"]] == checks
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""What the scores of experts must be: formulas on the weights, and on the raw activations of the unsharded model.
+"""The scores that experts must have: formulas on the weights, and on the raw activations of the unsharded model.
 
 The experts are computed again here from their weights: no hook of the package, and none of Megatron's expert classes.
 """

@@ -1,4 +1,4 @@
-"""What the scores must be: float64 formulas on the raw activations of the unsharded model.
+"""The scores that must come out: float64 formulas on the raw activations of the unsharded model.
 
 Written without the package's hooks, kernels, merging or site discovery, so that agreement means something.
 """

@@ -1,4 +1,4 @@
-"""Whether two score vectors rank alike."""
+"""The order of two score vectors: do they rank alike?"""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from megascore.errors import LayoutError
 from megascore.hooks.statistics import Merge, Statistic
 from megascore.parallel.axes import Axis, Placement, Role, Shard, describe, in_own_dtype
 
+pytestmark = pytest.mark.fast
+
 NUM_CHANNELS = 12
 STATISTICS = {
     "channel sums": Statistic("s", (NUM_CHANNELS,), channel_dim=0),

@@ -1,4 +1,4 @@
-"""Meeting in a store that holds what earlier starts of the same run have left."""
+"""A meeting in a store that holds what earlier starts of the same run have left."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from megascore.errors import RankFailure
 from megascore.parallel.rendezvous import fresh_store
+
+pytestmark = pytest.mark.fast
 
 TIMEOUT = timedelta(seconds=20)
 

@@ -1,4 +1,4 @@
-"""What a score file says of routed experts beside their scores."""
+"""Facts that a score file has of routed experts beside their scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who competes with whom, and who goes first."""
+"""Rankings: who competes with whom, and who goes first."""
 
 from __future__ import annotations
 

@@ -61,6 +61,7 @@ def formula(inputs: Tensor, weight: Tensor) -> Tensor:
     return weight.double().square().sum(0) * inputs.double().var(0, unbiased=False)
 
 
+@pytest.mark.fast
 def test_its_name_is_known_and_another_is_not() -> None:
     [request] = resolve_scores(SCORES)
     assert request.definition.hook is FluctuationHook
@@ -119,6 +120,7 @@ def run_until(folder: Path, stop_after: int | None) -> megascore.Scores | None:
         return run.finish()
 
 
+@pytest.mark.fast
 def test_it_resumes_at_every_step_is_saved_shown_and_scored_block_by_block(tmp_path: Path) -> None:
     whole = run_until(tmp_path / "whole", None)
     assert whole is not None
@@ -137,6 +139,7 @@ def test_it_resumes_at_every_step_is_saved_shown_and_scored_block_by_block(tmp_p
     assert all(torch.equal(loaded[key], value) for key, value in whole.items())
 
 
+@pytest.mark.fast
 def test_two_classes_cannot_claim_one_name_nor_rank_what_is_no_target() -> None:
     class Other(FluctuationHook, method="fluctuation", targets=("ffn",), summary="another"): ...
 
@@ -154,6 +157,7 @@ def test_two_classes_cannot_claim_one_name_nor_rank_what_is_no_target() -> None:
         class Nothing(ForwardHook, method="nothing"): ...
 
 
+@pytest.mark.fast
 def test_a_state_is_its_own() -> None:
     hook = FluctuationHook(nn.Linear(4, 3))
     with pytest.raises(HookStateError, match="'IndependentChannelContributionHook' there, 'FluctuationHook' here"):

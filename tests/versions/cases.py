@@ -1,4 +1,4 @@
-"""What every supported Megatron-Core must score the same; run by `test_versions` with another version on the path.
+"""Cases that every supported Megatron-Core scores the same; run by `test_versions` with another version on the path.
 
 python -m tests.versions.cases INPUTS OUTPUT
 

@@ -1,4 +1,4 @@
-"""What mixture-of-experts layers need on a machine without CUDA: no Transformer Engine, and gloo instead of NCCL."""
+"""Mixture-of-experts layers on a machine without CUDA: no Transformer Engine, and gloo instead of NCCL."""
 
 from __future__ import annotations
 

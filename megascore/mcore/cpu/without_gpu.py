@@ -1,4 +1,4 @@
-"""Importing Megatron-Core 0.15 where torch is built for CUDA and the machine has no GPU, as on a login node.
+"""The import of Megatron-Core 0.15 where torch is built for CUDA and the machine has no GPU, as on a login node.
 
 That version compiles a CUDA allocator when it is imported, and does without it where that fails with a RuntimeError.
 Where there is a compiler and no GPU to compile for, torch fails with an IndexError. Imports no Megatron: it comes

@@ -1,4 +1,4 @@
-"""Importing Megatron-Core 0.18 and later where triton is not installed, as beside CPU builds of torch.
+"""The import of Megatron-Core 0.18 and later where triton is not installed, as beside CPU builds of torch.
 
 Those versions import triton for kernels that run on GPUs only. `triton_stand_in` answers the imports; a kernel that
 were called all the same would fail. Imports no Megatron: it comes before it.

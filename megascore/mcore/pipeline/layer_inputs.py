@@ -1,4 +1,4 @@
-"""Catching what a layer of a Megatron model is given, in whatever layout the model has."""
+"""Capture of what a layer of a Megatron model is given, in whatever layout the model has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers of the model are where: the order in which a run goes through them, the same on every rank."""
+"""The place of each layer of the model: the order in which a run goes through them, the same on every rank."""
 
 from __future__ import annotations
 

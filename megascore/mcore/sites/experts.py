@@ -1,4 +1,4 @@
-"""Where a mixture-of-experts layer of Megatron-Core is scored: its routed experts and the channels inside them.
+"""The places of a mixture-of-experts layer of Megatron-Core: its routed experts and the channels inside them.
 
 Megatron multiplies by the router's weight inside an expert, between activation and output projection (or on the
 expert's input, with ``moe_apply_probs_on_input``). So the tensors seen here are weighted already.

@@ -1,4 +1,4 @@
-"""Which of a batch's tokens count on this rank, where other ranks have other parts of the sequences.
+"""Token masks on this rank: which of a batch's tokens count, where other ranks have other parts of the sequences.
 
 A mask is given for whole sequences, [B, S]. Megatron's activations are sequence first, and a rank may have a part of
 the sequence, or, inside routed experts, tokens of many ranks in the order of their experts.

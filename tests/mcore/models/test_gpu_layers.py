@@ -1,4 +1,4 @@
-"""What layers are built of on a GPU, and which of them are refused because no hook would see them; without a GPU."""
+"""Layers as they are built on a GPU, and those that are refused because no hook would see them; without a GPU."""
 
 from __future__ import annotations
 

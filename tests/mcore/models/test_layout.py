@@ -1,4 +1,4 @@
-"""Which layouts fit a model. Tier: pure."""
+"""Layouts that fit a model, and layouts that do not. Tier: pure."""
 
 from __future__ import annotations
 

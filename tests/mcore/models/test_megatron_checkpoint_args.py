@@ -1,4 +1,4 @@
-"""What model a checkpoint says it is of. Tier: real Megatron on the CPU, one process."""
+"""The model that a checkpoint says it is of. Tier: real Megatron on the CPU, one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where models come from: which keys say what, functions of the user's, and Megatron-Bridge. Tier: gloo processes."""
+"""Sources of models: which keys say what, functions of the user's, and Megatron-Bridge. Tier: gloo processes."""
 
 from __future__ import annotations
 

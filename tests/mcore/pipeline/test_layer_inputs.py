@@ -1,4 +1,4 @@
-"""What a layer is given, captured on every layout: running the layer on it gives what the layer gave in the model."""
+"""Inputs of a layer, captured on every layout: on them the layer gives what it gave in the model."""
 
 from __future__ import annotations
 

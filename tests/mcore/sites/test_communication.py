@@ -1,4 +1,4 @@
-"""What travels between ranks: number and bytes of collectives, on 2 and 8 real ranks and on 1024 pretended ones."""
+"""Traffic between ranks: number and bytes of collectives, on 2 and 8 real ranks and on 1024 pretended ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Importing Megatron where torch is built for CUDA and there is no GPU."""
+"""The import of Megatron where torch is built for CUDA and there is no GPU."""
 
 from __future__ import annotations
 

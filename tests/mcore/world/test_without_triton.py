@@ -10,6 +10,8 @@ import pytest
 
 from megascore.mcore.cpu.without_triton import triton_stand_in
 
+pytestmark = pytest.mark.fast
+
 KERNEL = """
 import triton
 import triton.language as tl
