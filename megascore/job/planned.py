@@ -9,9 +9,6 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from torch import Tensor
-
-from megascore.hooks import ForwardHook
 from megascore.parallel.axes import describe
 from megascore.parallel.merge import Plan, union_of_plans
 from megascore.parallel.placed import PlacedHook
@@ -219,17 +216,12 @@ def _line(site: Site, num_samples: int) -> SiteLine:
         shard.total,
         describe(site.place.placement),
         shard.length,
-        kept_bytes=_kept_bytes(site.hook),
+        kept_bytes=sum({id(tensor): tensor.nbytes for tensor in site.hook.kept()}.values()),
         waiting_bytes=waiting,
         step_bytes=waiting * num_groups,
         sample_bytes=of_sample * num_groups,
         finish_bytes=sum(prod(statistic.shape) for statistic in merged) * FLOAT64_BYTES,
     )
-
-
-def _kept_bytes(hook: ForwardHook) -> int:
-    kept = [value for value in (*hook.state.values(), *vars(hook).values()) if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in kept}.values())
 
 
 def _weight_bytes(view: ModelView) -> dict[str, int]:

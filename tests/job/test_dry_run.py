@@ -17,14 +17,20 @@ from rich.console import Console
 
 from megascore.config import DataConfig, JobConfig, ModelConfig, ParallelConfig, RunConfig
 from megascore.errors import ConfigError, DataError, LayoutError, MegascoreError, ModelError
+from megascore.hooks import ForwardHook
 from megascore.job.dry_run import dry_run
 from megascore.job.dry_run_report import format_bytes
 from megascore.job.job import run_job
-from megascore.job.planned import DryRun
+from megascore.job.planned import DryRun, plan_of_rank
 from megascore.mcore.models.gpt import build_gpt
 from megascore.mcore.world.parallel_world import is_alone
+from megascore.sites.places import Place
+from megascore.sites.plain import PlainModelView
+from megascore.sites.requests import ScoreRequest
 from megascore.weights.huggingface.architecture import architecture_of
 from megascore.weights.huggingface.config import read_config
+from tests.blockwise.tiny_decoder import TinyDecoder
+from tests.hooks.test_kept import ListHook
 from tests.mcore.oracle import all_scores
 from tests.mcore.sites.test_communication import ADDITIVE, SEQUENCE_LENGTH, score_and_measure
 from tests.models import FAMILIES, SIZES, save_checkpoint
@@ -146,6 +152,21 @@ def test_weights_and_hooks_are_counted_by_their_types(models: Path) -> None:
     assert line.kept_bytes == (ffn + 2) * float64
     # These, and the scores.
     assert line.finish_bytes == (ffn + 2 + ffn) * float64
+
+
+class ViewWithLists(PlainModelView):
+    """A model at whose places hooks keep more than their statistics."""
+
+    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
+        return ListHook()
+
+
+def test_a_list_of_tensors_that_a_hook_keeps_is_counted() -> None:
+    model, requests = TinyDecoder(), (ScoreRequest("ffn", "l2_norm"),)
+    plain, with_lists = (plan_of_rank(view(model), requests, 1).sites for view in (PlainModelView, ViewWithLists))
+    assert len(plain) == 4
+    # 5 float64 and 3 float32 numbers.
+    assert [line.kept_bytes for line in with_lists] == [line.kept_bytes + 5 * 8 + 3 * 4 for line in plain]
 
 
 def test_it_shows_every_site_and_what_is_not_ready(models: Path) -> None:
