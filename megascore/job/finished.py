@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from megascore.blockwise.moving_weights import MovingWeights
+from megascore.blockwise.parts import ModelParts
 from megascore.errors import CheckpointError
 from megascore.hooks.statistics import Statistic
-from megascore.job.parts import ModelParts
 from megascore.mcore.models.empty_layers import filled
 from megascore.mcore.pipeline.layers import LayerOrder
 from megascore.parallel.comm import agree
@@ -41,9 +41,9 @@ def check_finished(done: FinishedBlocks, order: LayerOrder, parts: ModelParts, d
     for number in range(min(done.num_blocks, order.num_layers)):
         with ExitStack() as stack:
             agree(f"making room for layer {number}", partial(_fill, order.own_layer(number), device, stack))
-            declared.add(parts.scoring_layer(number))
+            declared.add(parts.scoring(number))
     if done.num_blocks > order.num_layers:
-        declared.add(parts.scoring_outside())
+        declared.add(parts.scoring(order.num_layers))
     agree("comparing the finished layers", lambda: done.check(declared.statistics, declared.scores))
 
 

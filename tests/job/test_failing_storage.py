@@ -15,6 +15,7 @@ import pytest
 
 from megascore.resume import folder as checkpoint_folder
 from megascore.resume.progress_file import RunState, read_status
+from megascore.runs.steps import Cursor
 from tests.job.resumable import Job, assert_same_scores, make_job, run_on_rank
 from tests.pool import WorkerPool
 
@@ -98,22 +99,15 @@ def test_all_ranks_end_with_one_error_and_the_last_good_checkpoint_stands(
 
 def run_without_progress_file(job: Job) -> str:
     """Make the progress file's place a folder after the first steps: writing it then fails, on rank 0 alone."""
-    from megascore.job import steps
+    import torch.distributed as dist
 
-    run_step = steps._run_step
-
-    def blocking(config: Any, step: int, *others: Any) -> None:
-        run_step(config, step, *others)
+    def block(cursor: Cursor) -> None:
         target = job.checkpoints / "progress.json"
-        if step == 2 and target.is_file():
+        if cursor.step == 3 and dist.get_rank() == 0:
             target.unlink()
             (target / "inside").mkdir(parents=True)
 
-    steps._run_step = blocking
-    try:
-        return run_on_rank(job, ["parallel.pipeline=2"])
-    finally:
-        steps._run_step = run_step
+    return run_on_rank(job, ["parallel.pipeline=2"], block)
 
 
 def test_a_progress_file_that_can_not_be_written_stops_all_ranks(
