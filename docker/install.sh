@@ -7,7 +7,7 @@ case "${1:--h}" in -h | --help)
 usage: bash docker/install.sh FOLDER
 
 Installs the megascore wheel that is in FOLDER, with megatron-core, transformers and what else is missing, pinned by
-docker/constraints.txt. What is installed already stays, at its version and in its place: if a requirement can't be met
+launch/constraints.txt. What is installed already stays, at its version and in its place: if a requirement can't be met
 that way, nothing is installed, and pip says which package of the base is in the way.
 Environment variable: PYTHON (default: python3).
 END
@@ -29,7 +29,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 "$python" "$here/base_packages.py" snapshot "$scratch/base.json"
-"$python" "$here/base_packages.py" constraints "$here/constraints.txt" >"$scratch/constraints.txt"
+"$python" "$here/base_packages.py" constraints "$here/../launch/constraints.txt" >"$scratch/constraints.txt"
 # In place of the constraints of NVIDIA's images, which name packages that are not in them too: ours hold all that are.
 # Wheels only, so that nothing is compiled against another torch.
 PIP_CONSTRAINT="$scratch/constraints.txt" "$python" -m pip install --no-cache-dir --disable-pip-version-check \

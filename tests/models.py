@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ __all__ = [
     "DENSE_FAMILIES",
     "FAMILIES",
     "SIZES",
+    "cache_keyword",
     "reference_logits",
     "reference_loss",
     "save_checkpoint",
@@ -45,6 +47,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """One variant of each family: biases, tied embeddings, head sizes and rotary base differ between them."""
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def cache_keyword(model: torch.nn.Module) -> str:
+    """Return what a model of the installed transformers calls the cache that it takes."""
+    [keyword] = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
+    return keyword
 
 
 def save_checkpoint(

@@ -35,13 +35,40 @@ print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2].spl
         "megascore.data",
         "megascore.resume.checkpointing",
         "megascore.runs.scoring_run",
-        "megascore.weights.huggingface",
-        "megascore.weights.torch_dist.checkpoint",
     ],
 )
 def test_a_room_outside_mcore_imports_no_model_library(room: str) -> None:
     arguments = [sys.executable, "-c", PROGRAM, room, ",".join(HEAVY)]
     assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.strip() == ""
+
+
+PROGRAM_OF_WEIGHTS = """
+import importlib, sys, types
+package = types.ModuleType("megascore")
+package.__path__ = [sys.argv[1]]
+sys.modules["megascore"] = package
+for module in sys.argv[3:]:
+    importlib.import_module(module)
+    loaded = [name for name in sys.modules if name.split(".")[0] in sys.argv[2].split(",")]
+    for library in sorted({name.split(".")[0] for name in loaded}):
+        print(module, "imports", library)
+    for name in loaded:
+        del sys.modules[name]
+"""
+"""The package itself is empty here, for its own names come from other rooms."""
+
+
+def test_reading_checkpoints_takes_torch_and_safetensors_only() -> None:
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((PACKAGE / "weights").rglob("*.py"))
+    ]
+    assert "megascore.weights.huggingface.folder" in modules
+    others = ",".join((*HEAVY, "omegaconf", "rich", "yaml"))
+    arguments = [sys.executable, "-c", PROGRAM_OF_WEIGHTS, str(PACKAGE), others, *modules]
+    told = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()
+    # What Megatron-Bridge keeps beside a checkpoint is YAML.
+    assert told == ["megascore.weights.torch_dist.run_config imports yaml"]
 
 
 ROOMS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megascore.capture.devices import usable_device
 from megascore.errors import ModelError
-from megascore.weights.checkpoint import CheckpointFolder, find_name
+from megascore.weights.huggingface.folder import WeightsFolder
 
 __all__ = ["MovingWeights"]
 
@@ -40,7 +40,7 @@ class MovingWeights:
             ModelError: weights or buffers without content that the folder does not have, or not in this shape.
         """
         self.device = usable_device(device)
-        self._checkpoint = None if folder is None else CheckpointFolder(folder)
+        self._folder = None if folder is None else WeightsFolder(folder)
         self._sources = self._find_sources(model)
         self._here: dict[int, Tensor] = {}
 
@@ -123,15 +123,17 @@ class MovingWeights:
 
     def _fetch(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
         self._check(tensors)
-        in_file = {id(tensor): self._sources[id(tensor)] for tensor in tensors if tensor.is_meta}
-        read = self._checkpoint.read(list(in_file.values())) if self._checkpoint and in_file else {}
-        return {id(tensor): self._like(tensor, read.get(in_file.get(id(tensor), ""), tensor)) for tensor in tensors}
+        content = {id(tensor): tensor for tensor in tensors}
+        if self._folder is not None:
+            with self._folder.reading() as read:
+                content.update({id(tensor): read(self._sources[id(tensor)]) for tensor in tensors if tensor.is_meta})
+        return {id(tensor): self._like(tensor, content[id(tensor)]) for tensor in tensors}
 
     def _check(self, tensors: Iterable[Tensor]) -> None:
         missing = [self._names[id(t)] for t in tensors if t.is_meta and id(t) not in self._sources]
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            where = "without weights= there is" if self._checkpoint is None else f"{self._checkpoint.folder} has"
+            where = "without weights= there is" if self._folder is None else f"{self._folder.folder} has"
             raise ModelError(
                 f"{where} no content for {len(missing)} tensors of the model that are on the meta device: "
                 f"{listed}. Parameters must be in the folder under these names; buffers that are in no checkpoint, "
@@ -153,19 +155,25 @@ class MovingWeights:
             if tensor.is_meta:
                 names.setdefault(id(tensor), []).append(name)
         self._names = {key: own[0] for key, own in names.items()}
-        if self._checkpoint is None:
+        if self._folder is None:
             return {}
-        shapes, prefix = self._checkpoint.shapes, str(getattr(model, "base_model_prefix", ""))
-        found = {key: find_name(own, prefix, shapes) for key, own in names.items()}
+        stored, prefix = self._folder.tensors, str(getattr(model, "base_model_prefix", ""))
+        found = {key: _find_name(own, prefix, stored) for key, own in names.items()}
         sources = {key: name for key, name in found.items() if name is not None}
         for own_name, tensor in _named_tensors(model):
             source = sources.get(id(tensor))
-            if source is not None and shapes[source] != tuple(tensor.shape):
+            if source is not None and stored[source].shape != tuple(tensor.shape):
                 raise ModelError(
-                    f"{source} in {self._checkpoint.folder} has shape {list(shapes[source])}, the model expects "
+                    f"{source} in {self._folder.folder} has shape {list(stored[source].shape)}, the model expects "
                     f"{list(tensor.shape)} for {own_name}: the folder is of another model."
                 )
         return sources
+
+
+def _find_name(wanted: Sequence[str], prefix: str, stored: Container[str]) -> str | None:
+    """Return which of a tensor's names a checkpoint has; a base model is saved without its prefix, or with it."""
+    candidates = (form for name in wanted for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")))
+    return next((name for name in candidates if name in stored), None)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from megascore.hooks import ForwardHook
 from megascore.parallel.comm import gather_objects
 from megascore.runs.scoring_run import ScoringRun
-from megascore.sites.places import KIND_OF_TARGET, ModelView, Place
+from megascore.sites.places import ModelView, Place
 from megascore.sites.requests import ScoreRequest
 
 __all__ = ["ModelParts"]
@@ -32,7 +31,7 @@ class ModelParts:
             requests: What to score.
         """
         self._view = view
-        kinds = {KIND_OF_TARGET[request.target] for request in requests}
+        kinds = {request.kind for request in requests}
         self.modules: list[Sequence[nn.Module]] = [[] if block is None else [block] for block in blocks]
         """Of each part on this rank: the block, or those modules outside of blocks at which something is scored."""
         owner = {
@@ -45,7 +44,7 @@ class ModelParts:
         self.modules.append(list({id(place.module): place.module for place in self._places[-1]}.values()))
         found = gather_objects([{place.kind for place in places} for places in self._places])
         everywhere = [set[object]().union(*ranks) for ranks in zip(*found, strict=True)]
-        self.requests = [tuple(r for r in requests if KIND_OF_TARGET[r.target] in kinds) for kinds in everywhere]
+        self.requests = [tuple(r for r in requests if r.kind in kinds) for kinds in everywhere]
         """What is scored in each part."""
 
     def scoring(self, number: int, requests: Sequence[ScoreRequest] | None = None) -> ScoringRun | None:
@@ -82,6 +81,3 @@ class _PartView:
     @property
     def layout(self) -> Mapping[str, Any]:
         return self.whole.layout
-
-    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        return self.whole.make_hook(request, place)

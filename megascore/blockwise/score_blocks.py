@@ -221,7 +221,7 @@ def _num_passes(requests: Sequence[ScoreRequest], batches: Sequence[Any]) -> dic
     num_batches = len(batches)
     num_passes = {}
     for request in requests:
-        iterations = dict(request.options).get("iterations", num_batches)
+        iterations = request.num_steps or num_batches
         if iterations % num_batches:
             raise ConfigError(
                 f"score {request.target}/{request.method} has iterations={iterations}, and there are {num_batches} "

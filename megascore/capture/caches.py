@@ -1,10 +1,9 @@
-"""Caches of keys and values, with which a model generates: they grow whenever a block runs, also on the same inputs."""
+"""Caches with which a model generates: blocks write keys, values or states into them, also on the same inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -15,15 +14,26 @@ from megascore.errors import ModelError
 __all__ = ["refuse_caches", "without_caches"]
 
 
-@runtime_checkable
-class _Cache(Protocol):
-    """What the caches of transformers have in common."""
+# What blocks write into, by their methods and attributes: the argument that brings one has had several names.
+_MARKS = (
+    ("get_seq_length", "update"),  # keys and values, in transformers
+    ("update_conv_state",),  # states of Mamba and of linear attention there
+    ("update_ssm_state",),
+    ("update_recurrent_state",),
+    ("rnn_state", "seqlen_offset"),  # of xLSTM
+    ("is_static_batching",),  # inference contexts of Megatron
+)
 
-    def get_seq_length(self) -> int:
-        """Return how many tokens it holds."""
 
-    def update(self, *args: Any) -> Any:
-        """Add keys and values of a layer."""
+class _CacheMeta(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        # Without getattr, to which some objects answer with anything.
+        kind, own = type(value), getattr(value, "__dict__", {})
+        return any(all(hasattr(kind, name) or name in own for name in names) for names in _MARKS)
+
+
+class _Cache(metaclass=_CacheMeta):
+    """Whatever has the marks of one."""
 
 
 @contextmanager
@@ -43,14 +53,16 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 def refuse_caches(call: BlockCall) -> None:
     """Refuse a call with a cache in any of its arguments: whoever repeats it would see the times before.
 
-    Kept, it would also hold keys and values of all layers before, outside of any store.
+    Kept, it would also hold keys and values of all layers before, outside of any store. A cache is known by what it
+    is, not by the argument's name. A tuple of keys and values, as older models take it, is an argument like any
+    other: blocks return a longer one, and leave it as it is.
 
     Raises:
         ModelError: there is one.
     """
     named = {**{f"argument {position}": value for position, value in enumerate(call.args)}, **call.kwargs}
     for name, value in named.items():
-        caches = nested_leaves(value, _Cache)  # type: ignore[type-abstract]  # only asked with isinstance
+        caches = nested_leaves(value, _Cache)
         if caches:
             holds = "is" if caches[0] is value else "holds"
             raise ModelError(

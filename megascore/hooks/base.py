@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,34 @@ from torch import Tensor, nn
 from megascore.errors import HookStateError
 from megascore.hooks import published
 from megascore.hooks.statistics import State, Statistic, differences
+from megascore.kernels import reductions
 
-__all__ = ["ForwardHook"]
+if TYPE_CHECKING:
+    # In typing itself from Python 3.11 on.
+    from typing_extensions import Self
+
+__all__ = ["ForwardHook", "Method"]
 
 COMMON_STATISTICS = (
     Statistic("num_calls", (), torch.int64, of_samples=True),
     Statistic("num_tokens", (), torch.int64),
 )
 """Kept by every hook: calls that brought tokens, and tokens that counted."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a hook class says of itself when it is defined: the score that it computes."""
+
+    name: str
+    """In configs and score files; unique for each of the targets."""
+    targets: tuple[str, ...]
+    """What it can rank."""
+    summary: str
+    """The score of one unit, in half a sentence."""
+    options: tuple[str, ...]
+    """Further keys of an entry of ``scores``."""
+    hook: type[ForwardHook]
 
 
 class ForwardHook(ABC):
@@ -39,8 +60,62 @@ class ForwardHook(ABC):
         self._num_channels: int | None = None
         self._result_dtype = torch.float32
 
+    measures: ClassVar[Method | None] = None
+    """The score that the class computes; None for a base of several."""
+
     takes_shards = False
     """Set in tensor-parallel subclasses: their layer's weight may be one shard of a larger one."""
+
+    def __init_subclass__(
+        cls,
+        *,
+        method: str | None = None,
+        targets: tuple[str, ...] = (),
+        summary: str = "",
+        options: tuple[str, ...] = (),
+        **others: Any,
+    ) -> None:
+        """Make a class that names a method one of the scores that can be asked for.
+
+        Args:
+            method: Name of the score.
+            targets: What it can rank; see `megascore.sites.targets`.
+            summary: The score of one unit, in half a sentence.
+            options: Further keys of an entry of ``scores``, which `check_options` checks and `at` is given.
+            others: Of other base classes.
+        """
+        super().__init_subclass__(**others)
+        if method is not None:
+            if not targets or not summary:
+                raise TypeError(
+                    f"{cls.__name__} names its method '{method}', and must say its targets and summary too."
+                )
+            cls.measures = Method(method, targets, summary, options, cls)
+
+    @classmethod
+    def at(cls, module: nn.Module, num_units: int, options: Mapping[str, Any]) -> Self:
+        """Return a hook for a module of a model; a subclass that needs more than its own calls overrides it.
+
+        Args:
+            module: Has the weight of the channels that are scored, where there is one.
+            num_units: Channels (heads, experts) of this rank at the place.
+            options: Those of an entry of ``scores``, checked.
+        """
+        return cls()
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse values of the class's own options; those that are not its own never come here.
+
+        Raises:
+            ConfigError: naming the option, what came and what was expected.
+        """
+        return
+
+    @classmethod
+    def num_steps(cls, options: Mapping[str, Any]) -> int | None:
+        """Return how many steps a run must have; None where any number will do."""
+        return None
 
     # What a subclass writes
 
@@ -164,6 +239,20 @@ class ForwardHook(ABC):
         """Add what `pending` returned, summed over the ranks, to the statistics, and let nothing wait any more."""
         assert not summed, f"{type(self).__name__} has nothing pending"
 
+    def _begin_call(self, activations: Tensor, token_mask: Tensor | None, num_channels: int | None = None) -> None:
+        """Make the accumulators ready for a call, and count it and its tokens.
+
+        Args:
+            activations: [..., features]; all tokens of the call are its own, whole samples or not.
+            token_mask: bool [...].
+            num_channels: Channels that are scored; the last dimension of the activations if not given.
+        """
+        self.allocate(activations.shape[-1] if num_channels is None else num_channels, activations.device)
+        self._note_dtype(activations)
+        num_tokens = reductions.num_tokens(activations, token_mask)
+        self._count_tokens(num_tokens)
+        self._count_call(num_tokens)
+
     def _count_tokens(self, num_tokens: int | Tensor) -> None:
         """Count tokens of this rank (an int64 tensor where a mask decides)."""
         self._state["num_tokens"] += num_tokens
@@ -281,7 +370,7 @@ class ForwardHook(ABC):
 
     def _score_name(self) -> str:
         """Name of the score in a saved state; a parallel subclass has its parent's, for their states are the same."""
-        return next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith("megascore.hooks."))
+        return next(c.__name__ for c in type(self).__mro__ if not getattr(c, "takes_shards", False))
 
     def _global_num_channels(self) -> int | None:
         return self._num_channels

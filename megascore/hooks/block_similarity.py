@@ -14,7 +14,12 @@ from megascore.kernels.exact import exact
 __all__ = ["BlockSimilarityHook"]
 
 
-class BlockSimilarityHook(ForwardHook):
+class BlockSimilarityHook(
+    ForwardHook,
+    method="block_similarity",
+    targets=("layers",),
+    summary="1 - mean over tokens of the cosine of the layer's input and output",
+):
     """Scores a whole block: ``1 - mean over tokens of cos(block input, block output)``. Low: the block can go.
 
     A token whose input or output is all zeros has cosine 0.
@@ -32,11 +37,7 @@ class BlockSimilarityHook(ForwardHook):
                 f"{type(self).__name__} compares a block's input with its output, which must have one shape; "
                 f"got {list(inputs.shape)} and {list(output.shape)}."
             )
-        self.allocate(1, inputs.device)
-        self._note_dtype(inputs)
-        num_tokens = reductions.num_tokens(inputs, token_mask)
-        self._count_tokens(num_tokens)
-        self._count_call(num_tokens)
+        self._begin_call(inputs, token_mask, num_channels=1)
         dtype = reductions.accumulation_dtype(inputs.dtype)
         # One scratch copy of each side, and one product.
         bytes_each = 3 * inputs.shape[-1] * dtype.itemsize

@@ -14,7 +14,12 @@ from megascore.kernels.exact import exact
 __all__ = ["IndependentChannelContributionHook"]
 
 
-class IndependentChannelContributionHook(WeightHook):
+class IndependentChannelContributionHook(
+    WeightHook,
+    method="independent_contribution",
+    targets=("ffn", "shared_expert_ffn"),
+    summary="mean absolute activation times the norm of the weight's column",
+):
     """Scores the input channels of a linear layer: ``norm2(W[:, c]) * mean over tokens of abs(x[..., c])``."""
 
     def __init__(self, linear_layer: nn.Module, activation_hooks_kwargs: Any = None) -> None:
@@ -34,11 +39,7 @@ class IndependentChannelContributionHook(WeightHook):
     @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``inputs`` is [..., C]. Not collective."""
-        self.allocate(inputs.shape[-1], inputs.device)
-        self._note_dtype(inputs)
-        num_tokens = reductions.num_tokens(inputs, token_mask)
-        self._count_tokens(num_tokens)
-        self._count_call(num_tokens)
+        self._begin_call(inputs, token_mask)
         self._state["sum_of_abs"] += reductions.abs_sum(inputs, token_mask)
 
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from megascore.errors import HookStateError
+from megascore.errors import ConfigError, HookStateError
 from megascore.hooks.contributions import Contributions
 from megascore.hooks.schedule import num_pruned_after, pruning_schedule
 from megascore.hooks.statistics import Merge, State, Statistic
@@ -16,12 +16,22 @@ from megascore.hooks.weights import WeightHook, output_bias, weight_matrix
 from megascore.kernels import reductions
 from megascore.kernels.exact import exact
 
+if TYPE_CHECKING:
+    # In typing itself from Python 3.11 on.
+    from typing_extensions import Self
+
 __all__ = ["IterativeChannelContributionHook", "prune_lowest"]
 
 CALIBRATION_METHODS = (None, "scale_by_magnitude")
 
 
-class IterativeChannelContributionHook(WeightHook):
+class IterativeChannelContributionHook(
+    WeightHook,
+    method="iterative_contribution",
+    targets=("ffn", "shared_expert_ffn"),
+    summary="rank in which channels are pruned on paper, some in each step",
+    options=("iterations", "calibration_method"),
+):
     """Ranks the input channels of a linear layer by the order in which iterative pruning would remove them.
 
     Each call is one iteration: it measures how much the layer's output would change if each remaining channel went too,
@@ -57,6 +67,35 @@ class IterativeChannelContributionHook(WeightHook):
         self._sums: list[Tensor] | None = None
         super().__init__(reductions.column_norms(self._weight()))
         self._index_channels()
+
+    @classmethod
+    def at(cls, module: nn.Module, num_units: int, options: Mapping[str, Any]) -> Self:
+        """Return a hook for a linear layer; a step of the run is an iteration."""
+        return cls(
+            module,
+            {"validation_full_iters": options["iterations"], "calibration_method": options.get("calibration_method")},
+        )
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse a number of iterations that is missing or no positive number, or an unknown calibration.
+
+        Raises:
+            ConfigError: naming what came.
+        """
+        iterations, calibration = options.get("iterations"), options.get("calibration_method")
+        if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
+            raise ConfigError(
+                f"method 'iterative_contribution' has iterations={iterations!r}: expected the number of pruning "
+                "iterations, which is the number of steps of the run."
+            )
+        if calibration not in CALIBRATION_METHODS:
+            raise ConfigError(f"calibration_method is {calibration!r}: expected null or 'scale_by_magnitude'.")
+
+    @classmethod
+    def num_steps(cls, options: Mapping[str, Any]) -> int:
+        """Return the number of iterations: each step is one."""
+        return int(options["iterations"])
 
     def settings(self) -> dict[str, Any]:
         """Return the schedule and the calibration method."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from megascore.hooks.weights import WeightHook, weight_matrix
 from megascore.kernels import reductions
 from megascore.kernels.exact import exact
 from megascore.kernels.products import product
+
+if TYPE_CHECKING:
+    # In typing itself from Python 3.11 on.
+    from typing_extensions import Self
 
 __all__ = ["IndependentKvHeadContributionHook"]
 
@@ -26,7 +30,12 @@ NUM_BLOCKS = 4
 MIN_BLOCK_ROWS = 64
 
 
-class IndependentKvHeadContributionHook(WeightHook):
+class IndependentKvHeadContributionHook(
+    WeightHook,
+    method="independent_contribution",
+    targets=("kv_heads",),
+    summary="mean norm of what the KV head's query heads add to the output",
+):
     """Scores KV heads: ``mean over tokens of norm2(W_g x_g)``, x_g and W_g being the slices of head g's query heads.
 
     Only the norm of ``W_g x_g`` is needed, so the hook multiplies by the triangular factor R_g of ``W_g = Q_g R_g``
@@ -50,7 +59,12 @@ class IndependentKvHeadContributionHook(WeightHook):
         self._build(linear_layer, _num_kv_heads(linear_layer, activation_hooks_kwargs))
 
     @classmethod
-    def for_heads(cls, linear_layer: nn.Module, num_kv_heads: int) -> IndependentKvHeadContributionHook:
+    def at(cls, module: nn.Module, num_units: int, options: Mapping[str, Any]) -> Self:
+        """Return a hook for a projection whose input is ``num_units`` equal slices."""
+        return cls.for_heads(module, num_units)
+
+    @classmethod
+    def for_heads(cls, linear_layer: nn.Module, num_kv_heads: int) -> Self:
         """Return a hook for a projection whose input is ``num_kv_heads`` equal slices, one for each KV head.
 
         Args:
@@ -94,12 +108,8 @@ class IndependentKvHeadContributionHook(WeightHook):
                 f"{type(self).__name__} expects {num_kv_heads} x {width} inputs for each token, "
                 f"got the shape {list(inputs.shape)}."
             )
-        self.allocate(num_kv_heads, inputs.device)
+        self._begin_call(inputs, token_mask, num_kv_heads)
         self._factors = self._factors.to(inputs.device)
-        self._note_dtype(inputs)
-        num_tokens = reductions.num_tokens(inputs, token_mask)
-        self._count_tokens(num_tokens)
-        self._count_call(num_tokens)
         for (x,), mask in reductions.token_views([inputs], token_mask):
             self._observe_tokens(x, mask)
 

@@ -16,7 +16,12 @@ from megascore.kernels.exact import exact
 __all__ = ["L2NormHook"]
 
 
-class L2NormHook(ForwardHook):
+class L2NormHook(
+    ForwardHook,
+    method="l2_norm",
+    targets=("ffn", "attention_heads", "hidden_size", "shared_expert_ffn"),
+    summary="norm over samples of the mean absolute activation of each sample",
+):
     """Scores channels by the activations of a module's input, sequence first.
 
     ``a[b, c]`` is the mean over the sequence of ``abs(x[s, b, c])``, the score ``sqrt(sum over b of a[b, c]^2)``.

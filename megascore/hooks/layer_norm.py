@@ -20,7 +20,9 @@ from megascore.kernels.exact import exact
 __all__ = ["LayerNormContributionHook"]
 
 
-class LayerNormContributionHook(WeightHook):
+class LayerNormContributionHook(
+    WeightHook, method="layer_norm_contribution", targets=("hidden_size",), summary="mean absolute output of the norm"
+):
     """Scores the features of a normalization layer: ``mean over tokens of abs(output[..., c])``."""
 
     def __init__(self, layernorm_layer: nn.Module, activation_hooks_kwargs: Any = None) -> None:
@@ -45,11 +47,7 @@ class LayerNormContributionHook(WeightHook):
     @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``output`` is [..., C], ``inputs`` is not used. Not collective."""
-        self.allocate(output.shape[-1], output.device)
-        self._note_dtype(output)
-        num_tokens = reductions.num_tokens(output, token_mask)
-        self._count_tokens(num_tokens)
-        self._count_call(num_tokens)
+        self._begin_call(output, token_mask)
         self._state["sum_of_abs"] += reductions.abs_sum(output, token_mask)
 
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:

@@ -13,7 +13,9 @@ from megascore.kernels.exact import exact
 __all__ = ["RoutedL2NormHook"]
 
 
-class RoutedL2NormHook(ForwardHook):
+class RoutedL2NormHook(
+    ForwardHook, method="l2_norm", targets=("expert_ffn",), summary="norm over the routed tokens, each its own sample"
+):
     """Scores channels by the tokens routed to a module: ``sqrt(sum over tokens of x^2)``.
 
     This is `L2NormHook` where each token is a sample of its own. The tokens of an expert come from all sequences and
@@ -32,11 +34,7 @@ class RoutedL2NormHook(ForwardHook):
                 f"{type(self).__name__} takes the tokens routed to one expert, [tokens, channels], "
                 f"got the shape {list(inputs.shape)}."
             )
-        self.allocate(inputs.shape[-1], inputs.device)
-        self._note_dtype(inputs)
-        num_tokens = reductions.num_tokens(inputs, token_mask)
-        self._count_tokens(num_tokens)
-        self._count_call(num_tokens)
+        self._begin_call(inputs, token_mask)
         if token_mask is None:
             self._state["sum_of_squares"] += reductions.column_norms(inputs).square_()
             return

@@ -14,7 +14,12 @@ from megascore.kernels.exact import exact
 __all__ = ["RouterWeightedNormHook"]
 
 
-class RouterWeightedNormHook(ForwardHook):
+class RouterWeightedNormHook(
+    ForwardHook,
+    method="router_weighted_norm",
+    targets=("experts",),
+    summary="mean over the expert's tokens of norm2(router weight x output)",
+):
     """Scores routed experts: the mean over an expert's tokens of ``norm2(router weight * expert output)``.
 
     A token counts for each expert that the router sends it to. Channels are the experts of the layer. The score of an

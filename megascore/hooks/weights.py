@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from megascore.errors import HookStateError
 from megascore.hooks.base import ForwardHook
 from megascore.hooks.statistics import Merge, State, Statistic
+
+if TYPE_CHECKING:
+    # In typing itself from Python 3.11 on.
+    from typing_extensions import Self
 
 __all__ = ["WeightHook", "output_bias", "weight_matrix", "whole_weight"]
 
@@ -32,6 +37,12 @@ class WeightHook(ForwardHook):
         super().__init__()
         self._weight_norm = weight_norm.double()
         self.allocate(len(weight_norm), weight_norm.device)
+
+    @classmethod
+    def at(cls, module: nn.Module, num_units: int, options: Mapping[str, Any]) -> Self:
+        """Return a hook for a layer, which is the first argument of the constructors of subclasses."""
+        layer: Any = module
+        return cls(layer)
 
     def declare(self, num_channels: int) -> tuple[Statistic, ...]:
         """Return the statistic of the weights; subclasses add their own."""

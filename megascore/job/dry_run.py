@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
-from torch import nn
 
 from megascore.config import JobConfig
 from megascore.data import check_enough_samples, check_equal_shares
 from megascore.errors import ModelError
-from megascore.hooks import ForwardHook
 from megascore.job.inputs import check_model, problems
 from megascore.job.layer_weights import build_for_blocks, whole_because
 from megascore.job.planned import (
@@ -40,7 +37,6 @@ from megascore.mcore.world.parallel_world import (
 )
 from megascore.mcore.world.pretend import META, kinds_of_ranks, pretended_world
 from megascore.parallel.comm import agree, gather_objects, world_rank
-from megascore.sites.places import Place
 from megascore.sites.requests import ScoreRequest, resolve_scores
 from megascore.sites.site import check_places
 
@@ -136,7 +132,7 @@ class _RankPlanner:
     def build(self) -> MegatronModelView:
         """Build this rank's part of the model. Collective as building is."""
         if self.by_layer:
-            return _ViewOfEmptyLayers(build_for_blocks(self.source, self.form), self.form.device)
+            return MegatronModelView(build_for_blocks(self.source, self.form))
         return MegatronModelView(self.form.build(self.source))
 
     def check(self, view: MegatronModelView) -> None:
@@ -150,23 +146,13 @@ class _RankPlanner:
 
     def plan(self, view: MegatronModelView) -> RankPlan:
         """Return the plan of this rank. Collective where building hooks is (see `build_sites`)."""
-        plan = plan_of_rank(view, self.requests, samples_of_step(view, self.global_batch_size))
+        of_step = samples_of_step(view, self.global_batch_size)
         if not self.by_layer:
-            return plan
+            return plan_of_rank(view, self.requests, of_step)
+        # Layers have weights, of no value, only while a hook is made for them.
+        plan = plan_of_rank(view, self.requests, of_step, lambda module: filled(module, self.form.device))
         num_samples, data_size = self.num_samples, int(view.layout["data"])
         if num_samples is not None:
             num_samples = samples_of_rank(num_samples, self.global_batch_size, data_size)
         reason = whole_because(self.source, view.modules)
         return replace(plan, one_layer=plan_of_one_layer(view, self.form, num_samples, reason, spools=self.spools))
-
-
-class _ViewOfEmptyLayers(MegatronModelView):
-    """A model whose layers have weights, of no value, only while a hook is made for them."""
-
-    def __init__(self, chunks: Sequence[nn.Module], device: torch.device) -> None:
-        super().__init__(chunks)
-        self._device = device
-
-    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        with filled(place.module, self._device):
-            return super().make_hook(request, place)

@@ -21,8 +21,9 @@ from megascore.data import (
 )
 from megascore.errors import ConfigError, DataError, MegascoreError
 from megascore.job.resolved import ModelForm, Output
+from megascore.mcore.models.choose import model_source
 from megascore.mcore.models.layout import check_sequence_length, exchanges_tokens
-from megascore.mcore.models.source import ModelSource, model_source
+from megascore.mcore.models.source import ModelSource
 from megascore.mcore.world.groups import data_axis
 from megascore.parallel.comm import agree, broadcast_object, world_rank
 from megascore.resume.snapshot import fingerprint_of, identity_of

@@ -30,7 +30,7 @@ from megascore.resume.checkpointing import Checkpointer, CheckpointPlan
 from megascore.runs.steps import OnStep
 from megascore.scores.report import render_scores
 from megascore.scores.score_file import Scores
-from megascore.sites.requests import check_iterations
+from megascore.sites.requests import check_num_steps
 
 __all__ = ["run_job"]
 
@@ -99,7 +99,7 @@ def _run(
             # From here on `megascore status` sees the run. One that goes on appears there when its checkpoint fits.
             checkpoints.begin(inputs.total_steps, None, facts)
         checkpoints.stop_if_asked()
-    agree("checking the scores", lambda: check_iterations(inputs.requests, inputs.total_steps))
+    agree("checking the scores", lambda: check_num_steps(inputs.requests, inputs.total_steps))
     watch = Watch(console, checkpoints, snapshot, facts, on_step)
     if config.run.blockwise:
         make_store = partial(_make_store, config.run.spool_dir, config.run.spool_memory_gb)

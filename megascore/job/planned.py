@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -15,11 +16,11 @@ from megascore.job.resolved import ModelForm
 from megascore.mcore.pipeline.layers import layers_of
 from megascore.parallel.axes import describe
 from megascore.parallel.merge import Plan, union_of_plans
-from megascore.parallel.placed import PlacedHook
 from megascore.scores.score_file import split_key
-from megascore.sites.places import KIND_OF_TARGET, ModelView
+from megascore.sites.places import ModelView
 from megascore.sites.requests import ScoreRequest
-from megascore.sites.site import Site, build_sites, requests_present_in
+from megascore.sites.site import Presence, Site, build_sites, requests_present_in
+from megascore.sites.targets import TARGETS
 
 __all__ = [
     "DryRun",
@@ -159,7 +160,7 @@ class DryRun:
             ModelError: a target matches nothing on any rank.
         """
         plans = {group.ranks[0]: group.plan.statistics for group in self.groups}
-        requests_present_in({KIND_OF_TARGET[split_key(key).target] for key in union_of_plans(plans)}, requests)
+        requests_present_in({TARGETS[split_key(key).target].kind for key in union_of_plans(plans)}, requests)
 
 
 def samples_of_step(view: ModelView, global_batch_size: int) -> int:
@@ -173,7 +174,9 @@ def samples_of_rank(num_samples: int, global_batch_size: int, data_size: int) ->
     return num_whole * -(-global_batch_size // data_size) + -(-left // data_size)
 
 
-def plan_of_rank(view: ModelView, requests: Sequence[ScoreRequest], num_samples: int) -> RankPlan:
+def plan_of_rank(
+    view: ModelView, requests: Sequence[ScoreRequest], num_samples: int, present: Presence = nullcontext
+) -> RankPlan:
     """Build the hooks of this rank and say what they need; after `check_places`.
 
     Collective where building hooks is (see `build_sites`).
@@ -182,9 +185,10 @@ def plan_of_rank(view: ModelView, requests: Sequence[ScoreRequest], num_samples:
         view: The model; its weights may have no values.
         requests: What to score.
         num_samples: Samples of a step on this rank.
+        present: Has the weights of a module there inside.
     """
-    sites = build_sites(view, requests)
-    scored = {KIND_OF_TARGET[request.target] for request in requests}
+    sites = build_sites(view, requests, present)
+    scored = {request.kind for request in requests}
     return RankPlan(
         sites=tuple(_line(site, num_samples) for site in sites),
         statistics={site.key: site.statistics for site in sites},
@@ -226,7 +230,7 @@ def _line(site: Site, num_samples: int) -> SiteLine:
     merged = (*site.statistics, site.score_statistic)
     waiting, of_sample = (site.hook.pending_numbers(number) * FLOAT64_BYTES for number in (num_samples, 1))
     # The same numbers go to one all-reduce for each axis.
-    num_groups = len(site.hook.settling_groups) if isinstance(site.hook, PlacedHook) else 0
+    num_groups = len(site.hook.settling_groups)
     return SiteLine(
         site.key,
         shard.total,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megascore.mcore.cpu.without_gpu import nothing_compiled_for_cuda
 from megascore.mcore.cpu.without_triton import triton_stand_in
 
 __all__ = [
@@ -37,7 +38,7 @@ def _importing_megatron() -> Iterator[None]:
     def leave_alone(function: Any = None, **_: Any) -> Any:
         return (lambda inner: inner) if function is None else function
 
-    with warnings.catch_warnings(), triton_stand_in():
+    with warnings.catch_warnings(), triton_stand_in(), nothing_compiled_for_cuda():
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             setattr(torch, "compile", leave_alone)  # noqa: B010 - mypy takes no assignment to a function
@@ -52,7 +53,6 @@ with _importing_megatron():
     import megatron.core.pipeline_parallel  # noqa: F401
 
 from megascore.mcore.pipeline.layer_inputs import capture_layer_inputs  # noqa: E402
-from megascore.mcore.sites.expert_hooks import MegatronRoutedL2NormHook, MegatronRouterWeightedNormHook  # noqa: E402
 from megascore.mcore.sites.hooks import (  # noqa: E402
     MegatronBlockSimilarityHook,
     MegatronIndependentChannelContributionHook,
@@ -60,4 +60,6 @@ from megascore.mcore.sites.hooks import (  # noqa: E402
     MegatronIterativeChannelContributionHook,
     MegatronL2NormHook,
     MegatronLayerNormContributionHook,
+    MegatronRoutedL2NormHook,
+    MegatronRouterWeightedNormHook,
 )

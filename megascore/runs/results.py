@@ -14,7 +14,8 @@ from megascore.parallel.comm import world_rank
 from megascore.scores.assemble import assemble_scores
 from megascore.scores.score_file import Scores, split_key
 from megascore.sites.places import ModelView
-from megascore.sites.requests import ROUTED_TARGETS, ScoreRequest
+from megascore.sites.requests import ScoreRequest
+from megascore.sites.targets import TARGETS
 
 __all__ = ["Results", "conclude"]
 
@@ -44,7 +45,7 @@ class Results:
         return {
             key: int(state[name]) // self.num_passes.get(key, 1)
             for key, state in self.states.items()
-            if name in state and split_key(key).target not in ROUTED_TARGETS
+            if name in state and not TARGETS[split_key(key).target].routed
         }
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from megascore.errors import LayoutError
 from megascore.hooks.statistics import State
 from megascore.scores.score_file import Scores, Unseen, split_key
-from megascore.sites.requests import ROUTED_TARGETS, ScoreRequest
+from megascore.sites.requests import ScoreRequest
+from megascore.sites.targets import TARGETS, WholeModel
 
 __all__ = ["FEW_TOKENS", "assemble_scores", "layer_of"]
 
@@ -52,9 +53,9 @@ def assemble_scores(
     for request in requests:
         ending = f"{request.target}/{request.method}"
         keys = [key for key in states if key.endswith(f"/{ending}")]
-        if request.target == "hidden_size":
+        if request.ranked.whole_model is WholeModel.SUM:
             values[f"{MODEL_SITE}/{ending}"] = torch.stack([values[key] for key in keys if seen[key]]).sum(0)
-        elif request.target == "layers":
+        elif request.ranked.whole_model is WholeModel.STACK:
             vector, missing = _layer_vector(keys, values)
             for key in keys:
                 values.pop(key, None)
@@ -104,7 +105,7 @@ def _totals(states: Mapping[str, State], metadata: Mapping[str, Any]) -> dict[st
 
 
 def _is_routed(key: str) -> bool:
-    return split_key(key).target in ROUTED_TARGETS
+    return TARGETS[split_key(key).target].routed
 
 
 def _routing(key: str, state: State) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import torch
 from megascore.errors import ScoreFileError
 from megascore.scores.assemble import MODEL_SITE
 from megascore.scores.score_file import Scores, split_key
+from megascore.sites.targets import TARGETS, Target
 
-__all__ = ["Ranking", "rankings"]
+__all__ = ["Ranking", "known_target", "rankings"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,20 +87,35 @@ def rankings(scores: Scores) -> list[Ranking]:
     found = []
     for key, values in scores.items():
         site, target, method = split_key(key)
-        if target == "hidden_size" and site != MODEL_SITE:
+        ranked = known_target(key, target)
+        if ranked.whole_model is not None and site != MODEL_SITE:
             continue
-        groups = _num_kv_groups(scores, key, len(values)) if target == "attention_heads" else 1
+        groups = 1 if ranked.groups is None else _num_groups(scores, key, len(values), ranked.groups)
         unseen = scores.unseen.get(key, [])
         assert unseen != "all", "a vector that is unseen as a whole is not in the mapping"
         found.append(Ranking(key, site, target, method, values, groups, frozenset(unseen)))
     return found
 
 
-def _num_kv_groups(scores: Scores, key: str, num_heads: int) -> int:
-    num_kv_heads = scores.metadata.get("model", {}).get("num_kv_heads")
-    if not isinstance(num_kv_heads, int) or num_kv_heads < 1 or num_heads % num_kv_heads:
+def known_target(key: str, name: str) -> Target:
+    """Return the target of an entry of a score file.
+
+    Raises:
+        ScoreFileError: this version has no such target, so nothing says what competes with what.
+    """
+    if name not in TARGETS:
         raise ScoreFileError(
-            f"'{key}' has {num_heads} heads and metadata model.num_kv_heads is {num_kv_heads!r}: "
+            f"'{key}' is of the target '{name}', which this version of megascore does not know (it knows "
+            f"{', '.join(TARGETS)}): read the file with the version that wrote it."
+        )
+    return TARGETS[name]
+
+
+def _num_groups(scores: Scores, key: str, num_units: int, fact: str) -> int:
+    num_groups = scores.metadata.get("model", {}).get(fact)
+    if not isinstance(num_groups, int) or num_groups < 1 or num_units % num_groups:
+        raise ScoreFileError(
+            f"'{key}' has {num_units} heads and metadata model.{fact} is {num_groups!r}: "
             "expected a number of KV heads that divides them, to rank heads inside their group."
         )
-    return 1 if num_kv_heads == num_heads else num_kv_heads
+    return 1 if num_groups == num_units else num_groups

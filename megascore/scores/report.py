@@ -18,19 +18,9 @@ from megascore.scores.assemble import MODEL_SITE
 from megascore.scores.charts import Bar, Histogram, IndexList, format_ranges
 from megascore.scores.ranking import Ranking, rankings
 from megascore.scores.score_file import Scores
+from megascore.sites.targets import TARGETS, WholeModel
 
 __all__ = ["format_layout", "format_percent", "new_table", "render_scores", "titled"]
-
-_TARGET_TITLES = {
-    "ffn": "FFN channels",
-    "attention_heads": "attention heads",
-    "kv_heads": "KV heads",
-    "experts": "routed experts",
-    "expert_ffn": "FFN channels of each routed expert",
-    "shared_expert_ffn": "FFN channels of shared experts",
-    "hidden_size": "hidden features",
-    "layers": "layers",
-}
 
 
 def render_scores(scores: Scores, fraction: float = 0.25) -> RenderableType:
@@ -49,7 +39,11 @@ def render_scores(scores: Scores, fraction: float = 0.25) -> RenderableType:
         by_section.setdefault((ranking.target, ranking.method), []).append(ranking)
     parts: list[RenderableType] = [_header(scores.metadata)]
     for (target, _), section in by_section.items():
-        parts.append(_layer_chart(section[0], fraction) if target == "layers" else _site_table(section, fraction))
+        parts.append(
+            _layer_chart(section[0], fraction)
+            if TARGETS[target].whole_model is WholeModel.STACK
+            else _site_table(section, fraction)
+        )
     if by_section:
         parts.append(_legend())
     if scores.unseen:
@@ -182,7 +176,7 @@ def _unseen_list(scores: Scores) -> RenderableType:
 
 
 def _title(ranking: Ranking) -> str:
-    return _TARGET_TITLES.get(ranking.target, ranking.target)
+    return TARGETS[ranking.target].title
 
 
 def _site_labels(sites: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megascore.sites.places import PlaceKind
+from megascore.sites.targets import PlaceKind
 
 __all__ = ["FAMILIES", "Family"]
 

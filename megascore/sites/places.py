@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megascore.errors import DataError, LayoutError
-from megascore.hooks import ForwardHook
 from megascore.parallel.axes import Placement
-from megascore.sites.requests import ScoreRequest
+from megascore.sites.targets import PlaceKind
 
 __all__ = [
-    "KIND_OF_TARGET",
     "LocalMask",
     "MaskFollower",
     "ModelView",
     "Place",
-    "PlaceKind",
     "Reader",
     "batch_first_mask",
     "check_covers_world",
@@ -73,32 +70,6 @@ def mask_mismatch(mask: Tensor, activations: Tensor, parts: int = 1) -> DataErro
     )
 
 
-class PlaceKind(Enum):
-    """What a module is in a transformer."""
-
-    FFN_PROJECTION = "FFN output projection"
-    ATTENTION_PROJECTION = "attention output projection"
-    KV_HEADS = "attention output projection, by KV head"
-    SHARED_EXPERT_PROJECTION = "shared expert output projection"
-    ROUTED_EXPERTS = "routed experts of a layer"
-    ROUTED_EXPERT_PROJECTION = "routed expert output projection"
-    NORM = "norm"
-    LAYER = "layer"
-
-
-KIND_OF_TARGET = {
-    "ffn": PlaceKind.FFN_PROJECTION,
-    "attention_heads": PlaceKind.ATTENTION_PROJECTION,
-    "kv_heads": PlaceKind.KV_HEADS,
-    "experts": PlaceKind.ROUTED_EXPERTS,
-    "expert_ffn": PlaceKind.ROUTED_EXPERT_PROJECTION,
-    "shared_expert_ffn": PlaceKind.SHARED_EXPERT_PROJECTION,
-    "hidden_size": PlaceKind.NORM,
-    "layers": PlaceKind.LAYER,
-}
-"""The kind of module at which each target is measured."""
-
-
 @dataclass(frozen=True)
 class Place:
     """One module of the model, as this rank sees it."""
@@ -114,6 +85,14 @@ class Place:
     local_mask: LocalMask = field(default=batch_first_mask, kw_only=True)
     mask_follower: MaskFollower | None = field(default=None, kw_only=True)
     """What `local_mask` depends on; places may share one."""
+
+    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict, kw_only=True)
+    """Process groups of more than one rank that together hold all who share this place, by the axis's name."""
+    scored_module: Callable[[], nn.Module] | None = field(default=None, kw_only=True)
+    """Returns what a hook takes for the module, where its weight is not that of the scored channels: a norm that is
+    fused into a linear layer, KV heads of other ranks. May be collective over `groups`. None: the module itself."""
+    obstacle: str | None = field(default=None, kw_only=True)
+    """Why no hook can measure anything here, and what to do; None where one can. ``{target}`` stands for the target."""
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +125,6 @@ class ModelView(Protocol):
     @property
     def layout(self) -> Mapping[str, Any]:
         """Degrees of the parallel axes, named as in the config, and "data"."""
-
-    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        """Return a fresh hook for one score at ``place``."""
 
 
 def check_covers_world(place: Place, world_size: int) -> None:

@@ -5,7 +5,7 @@ The names in the score file are those of Megatron-Core, so that a file doesn't t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,29 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megascore.errors import ModelError
-from megascore.hooks import (
-    BlockSimilarityHook,
-    ForwardHook,
-    IndependentChannelContributionHook,
-    IndependentKvHeadContributionHook,
-    L2NormHook,
-    LayerNormContributionHook,
-)
 from megascore.parallel.axes import Axis, Placement, Role
 from megascore.parallel.comm import world_rank, world_size
-from megascore.parallel.placed_iterative import PlacedIterativeHook
 from megascore.sites.families import FAMILIES, Family
-from megascore.sites.places import Place, PlaceKind, first_tensor
-from megascore.sites.requests import ScoreRequest
+from megascore.sites.places import Place, first_tensor
+from megascore.sites.targets import PlaceKind
 
 __all__ = ["PlainModelView"]
-
-HOOKS: dict[str, Callable[[nn.Module], ForwardHook]] = {
-    "l2_norm": lambda module: L2NormHook(),
-    "block_similarity": lambda module: BlockSimilarityHook(),
-    "independent_contribution": IndependentChannelContributionHook,
-    "layer_norm_contribution": LayerNormContributionHook,
-}
 
 
 class PlainModelView:
@@ -91,14 +75,6 @@ class PlainModelView:
         """All scorable modules of the decoder."""
         return tuple(self._find_places())
 
-    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        """Return a fresh hook for one score at ``place``."""
-        if place.kind is PlaceKind.KV_HEADS:
-            return IndependentKvHeadContributionHook.for_heads(place.module, place.placement.shard.total)
-        if request.method == "iterative_contribution":
-            return _iterative_hook(request, place)
-        return HOOKS[request.method](place.module)
-
     def _find_places(self) -> Iterator[Place]:
         for number, layer in enumerate(self._layers):
             path, name = f"{self._prefix}{self._family.list_name}.{number}", f"decoder.layers.{number}"
@@ -134,15 +110,8 @@ class PlainModelView:
         replicas = Axis("dp", world_rank(), world_size())
         placement = Placement.whole(num_channels, ((replicas, Role.SUM),))
         read = _read_norm if kind is PlaceKind.NORM else _read
-        return Place(kind, name, module, local_name, placement, read)
-
-
-def _iterative_hook(request: ScoreRequest, place: Place) -> ForwardHook:
-    """Return a hook for which a step is an iteration, on which all replicas agree."""
-    hook = PlacedIterativeHook(place.module, request.iterative_settings())
-    group = dist.group.WORLD if world_size() > 1 else None
-    hook.put(place.placement, {} if group is None else {"dp": group}, place.device)
-    return hook
+        groups = {"dp": dist.group.WORLD} if dist.group.WORLD is not None and world_size() > 1 else {}
+        return Place(kind, name, module, local_name, placement, read, groups=groups)
 
 
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:

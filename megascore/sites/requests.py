@@ -7,27 +7,24 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import megascore.hooks  # noqa: F401 - the methods that come with the package
 from megascore.errors import ConfigError
+from megascore.hooks.base import Method
+from megascore.hooks.registry import methods_of
+from megascore.sites.targets import TARGETS, PlaceKind, Target, check_methods
 
-__all__ = ["METHODS_OF_TARGET", "RECIPES", "ROUTED_TARGETS", "ScoreRequest", "check_iterations", "resolve_scores"]
+__all__ = ["RECIPES", "ScoreRequest", "check_num_steps", "names_of_methods", "resolve_scores"]
 
-METHODS_OF_TARGET: dict[str, tuple[str, ...]] = {
-    "ffn": ("l2_norm", "independent_contribution", "iterative_contribution"),
-    "attention_heads": ("l2_norm",),
-    "kv_heads": ("independent_contribution",),
-    "hidden_size": ("l2_norm", "layer_norm_contribution"),
-    "layers": ("block_similarity",),
-    "experts": ("router_weighted_norm",),
-    "expert_ffn": ("l2_norm",),
-    "shared_expert_ffn": ("l2_norm", "independent_contribution", "iterative_contribution"),
-}
-"""Every target, with the methods that can rank it; the first is the default."""
 
-ROUTED_TARGETS = ("experts", "expert_ffn")
-"""Targets whose sites see the tokens that a router sends them, each once for every expert it goes to."""
+def names_of_methods(target: str) -> tuple[str, ...]:
+    """Return the names of all methods that can rank a target, the default first.
 
-OPTIONS_OF_METHOD: dict[str, tuple[str, ...]] = {"iterative_contribution": ("iterations", "calibration_method")}
-"""Further keys of an entry of ``scores``, by method."""
+    Raises:
+        ConfigError: there is no such target.
+    """
+    _check_known("target", target, TARGETS)
+    default = TARGETS[target].default_method
+    return (default, *(name for name in methods_of(target) if name != default))
 
 
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:
@@ -50,34 +47,35 @@ class ScoreRequest:
     """Leave the entry out where the model has no such module; otherwise that is an error."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown target, or a method that cannot rank this target.
+        """Refuse an unknown target, a method that cannot rank this target, or options that the method does not take.
 
         Raises:
             ConfigError: naming what exists.
         """
-        _check_known("target", self.target, METHODS_OF_TARGET)
-        _check_known(f"method of target '{self.target}'", self.method, METHODS_OF_TARGET[self.target])
+        _check_known(f"method of target '{self.target}'", self.method, names_of_methods(self.target))
         for name, _ in self.options:
-            _check_known(f"option of method '{self.method}'", name, OPTIONS_OF_METHOD.get(self.method, ()))
-        if self.method == "iterative_contribution":
-            self.iterative_settings()
+            _check_known(f"option of method '{self.method}'", name, self.definition.options)
+        self.definition.hook.check_options(dict(self.options))
 
-    def iterative_settings(self) -> dict[str, Any]:
-        """Return the options of `IterativeChannelContributionHook` as it takes them.
+    @property
+    def definition(self) -> Method:
+        """The method as its hook class defines it."""
+        return methods_of(self.target)[self.method]
 
-        Raises:
-            ConfigError: the number of iterations is missing or no positive number, or the calibration is unknown.
-        """
-        options = dict(self.options)
-        iterations, calibration = options.get("iterations"), options.get("calibration_method")
-        if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
-            raise ConfigError(
-                f"method 'iterative_contribution' has iterations={iterations!r}: expected the number of pruning "
-                "iterations, which is the number of steps of the run."
-            )
-        if calibration not in (None, "scale_by_magnitude"):
-            raise ConfigError(f"calibration_method is {calibration!r}: expected null or 'scale_by_magnitude'.")
-        return {"validation_full_iters": iterations, "calibration_method": calibration}
+    @property
+    def ranked(self) -> Target:
+        """The target as the table of targets has it."""
+        return TARGETS[self.target]
+
+    @property
+    def kind(self) -> PlaceKind:
+        """The kind of module at which the target is measured."""
+        return self.ranked.kind
+
+    @property
+    def num_steps(self) -> int | None:
+        """The number of steps that a run must have; None where any number will do."""
+        return self.definition.hook.num_steps(dict(self.options))
 
 
 RECIPES: dict[str, tuple[ScoreRequest, ...]] = {
@@ -101,6 +99,7 @@ def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> 
     Raises:
         ConfigError: unknown recipe, target, method or key, a repeated entry, or an empty list.
     """
+    check_methods()
     if isinstance(scores, str):
         _check_known("recipe", scores, RECIPES)
         return RECIPES[scores]
@@ -121,21 +120,20 @@ def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> 
     return requests
 
 
-def check_iterations(requests: Iterable[ScoreRequest], num_steps: int) -> None:
-    """Refuse an iterative score whose number of iterations is not the number of steps, before the run.
+def check_num_steps(requests: Iterable[ScoreRequest], num_steps: int) -> None:
+    """Refuse a score that takes a certain number of steps where a run has another one, before the run.
 
     Raises:
         ConfigError: naming both numbers.
     """
     for request in requests:
-        if request.method == "iterative_contribution":
-            iterations = request.iterative_settings()["validation_full_iters"]
-            if iterations != num_steps:
-                raise ConfigError(
-                    f"score {request.target}/{request.method} has iterations={iterations}, but the run has {num_steps} "
-                    f"steps, and each step is one iteration: set iterations={num_steps}, or change run.steps, "
-                    "run.global_batch_size or data.num_samples."
-                )
+        wanted = request.num_steps
+        if wanted not in (None, num_steps):
+            raise ConfigError(
+                f"score {request.target}/{request.method} has iterations={wanted}, but the run has {num_steps} "
+                f"steps, and each step is one iteration: set iterations={num_steps}, or change run.steps, "
+                "run.global_batch_size or data.num_samples."
+            )
 
 
 def _resolve_entry(entry: Mapping[str, Any] | ScoreRequest, position: int) -> ScoreRequest:
@@ -146,10 +144,10 @@ def _resolve_entry(entry: Mapping[str, Any] | ScoreRequest, position: int) -> Sc
             f"scores[{position}] is {entry!r}: expected a mapping with 'target' and, if wanted, 'method'."
         )
     target = str(entry["target"])
-    _check_known("target", target, METHODS_OF_TARGET)
-    method = str(entry.get("method") or METHODS_OF_TARGET[target][0])
+    names = names_of_methods(target)
+    method = str(entry.get("method") or names[0])
+    own_options = methods_of(target)[method].options if method in names else ()
     for key in entry:
-        known = ("target", "method", *OPTIONS_OF_METHOD.get(method, ()))
-        _check_known(f"key in scores[{position}]", str(key), known)
+        _check_known(f"key in scores[{position}]", str(key), ("target", "method", *own_options))
     options = {str(name): value for name, value in entry.items() if name not in ("target", "method")}
     return ScoreRequest(target, method, tuple(sorted(options.items())))

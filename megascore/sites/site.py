@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megascore.errors import LayoutError, ModelError
-from megascore.hooks import ForwardHook, Merge, State, Statistic
+from megascore.hooks import Merge, State, Statistic
 from megascore.parallel.comm import gather_objects, world_size
+from megascore.parallel.forms import placed
 from megascore.parallel.merge import Part, Plan, agree_on_plan
-from megascore.sites.places import KIND_OF_TARGET, ModelView, Place, PlaceKind, check_covers_world
+from megascore.parallel.placed import PlacedHook
+from megascore.sites.places import ModelView, Place, check_covers_world
 from megascore.sites.requests import ScoreRequest
+from megascore.sites.targets import PlaceKind
 
 __all__ = [
     "SCORE",
+    "Presence",
     "Site",
     "build_sites",
     "check_places",
+    "hook_at",
     "plan_of_scores",
     "plan_of_states",
     "present_requests",
@@ -29,13 +36,17 @@ SCORE = "score"
 """Name of the one result of a site that goes into the score file."""
 
 
+Presence = Callable[[nn.Module], AbstractContextManager[Any]]
+"""Has the weights of a module on its device inside."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One score at one place of this rank."""
 
     place: Place
     request: ScoreRequest
-    hook: ForwardHook
+    hook: PlacedHook
     unit_size: int
     """Channels that are ranked as one: the head size where heads are ranked, else 1."""
 
@@ -102,18 +113,38 @@ def _refuse_shared_modules(view: ModelView) -> None:
             )
 
 
-def build_sites(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[Site, ...]:
+def build_sites(view: ModelView, requests: Sequence[ScoreRequest], present: Presence = nullcontext) -> tuple[Site, ...]:
     """Return this rank's sites, their accumulators allocated: a rank that sees no data contributes zeros.
 
     Collective over the ranks that hold parts of one weight, where a hook needs all of it: KV heads that are spread over
     tensor-parallel ranks, and weights sharded by FSDP.
+
+    Args:
+        view: The model.
+        requests: What to score.
+        present: Has the weights of a module there inside; by default they are there all the time.
     """
     sites = []
     for request, place in _wanted(view, requests):
-        hook = view.make_hook(request, place)
-        hook.allocate(place.placement.shard.length, place.device)
+        with present(place.module):
+            hook = hook_at(place, request)
         sites.append(Site(place, request, hook, _unit_size(view, request, place)))
     return tuple(sites)
+
+
+def hook_at(place: Place, request: ScoreRequest) -> PlacedHook:
+    """Return a fresh hook for one score at a place. Collective where `Place.scored_module` is.
+
+    Raises:
+        ModelError: the model never calls the module there, or gives it what can't be told from tokens.
+    """
+    if place.obstacle is not None:
+        raise ModelError(f"{place.name}: {place.obstacle.format(target=request.target)}")
+    module = place.module if place.scored_module is None else place.scored_module()
+    hook = placed(request.definition.hook).at(module, place.placement.shard.length, dict(request.options))
+    assert isinstance(hook, PlacedHook)
+    hook.put(place.placement, place.groups, place.device)
+    return hook
 
 
 def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:
@@ -138,12 +169,12 @@ def requests_present_in(found: Collection[PlaceKind], requests: Sequence[ScoreRe
     """
     present = []
     for request in requests:
-        if KIND_OF_TARGET[request.target] in found:
+        if request.kind in found:
             present.append(request)
         elif not request.where_present:
             raise ModelError(
                 f"target '{request.target}' matches no module on any rank: the model has no "
-                f"{KIND_OF_TARGET[request.target].value} that megascore knows. Drop it from 'scores'."
+                f"{request.kind.value} that megascore knows. Drop it from 'scores'."
             )
     return tuple(present)
 
@@ -167,12 +198,12 @@ def plan_of_scores(sites: Sequence[Site]) -> Plan:
 def _wanted(view: ModelView, requests: Sequence[ScoreRequest]) -> Iterator[tuple[ScoreRequest, Place]]:
     for request in requests:
         for place in view.places:
-            if place.kind is KIND_OF_TARGET[request.target]:
+            if place.kind is request.kind:
                 yield request, place
 
 
 def _unit_size(view: ModelView, request: ScoreRequest, place: Place) -> int:
-    if request.target != "attention_heads":
+    if not request.ranked.heads:
         return 1
     head_dim, total = int(view.facts["head_dim"]), place.placement.shard.total
     if total % head_dim:

@@ -1,9 +1,10 @@
-"""What a Megatron model is built from, whatever its layout and wherever its weights come from."""
+"""A whole model in Megatron's terms, whatever its layout and wherever its weights come from."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = ["Architecture", "Experts"]
@@ -25,7 +26,7 @@ class Architecture:
     """A decoder that Megatron-Core's ``GPTModel`` can be."""
 
     model_type: str
-    """What it is called in messages."""
+    """Name of the model in messages."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -43,3 +44,9 @@ class Architecture:
     """Further arguments of Megatron's ``TransformerConfig``, none that says how the model is split."""
     gpt: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of Megatron's ``GPTModel``, none that says which part of the model this is."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as JSON has it, functions and types by their names."""
+        text = json.dumps(asdict(self), default=lambda value: getattr(value, "__qualname__", None) or str(value))
+        plain: dict[str, Any] = json.loads(text)
+        return plain

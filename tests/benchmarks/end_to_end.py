@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import megascore
 from megascore.config import ParallelConfig
-from megascore.mcore.models.build import build_model
+from megascore.mcore.models.gpt import build_gpt
 from megascore.mcore.pipeline.schedule import forward_only
 from megascore.mcore.world.parallel_world import local_device, parallel_world
 from megascore.weights.huggingface.config import read_config
@@ -87,7 +87,7 @@ def num_layers(device: torch.device, dtype: torch.dtype) -> int:
 def build(layers: int, dtype: torch.dtype, device: torch.device, length: int) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**LLAMA_3_8B, "num_hidden_layers": layers}))
-        chunks = build_model(read_config(folder), ParallelConfig(), dtype, device, length)
+        chunks = build_gpt(read_config(folder).architecture, ParallelConfig(), dtype, device, length)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for chunk in chunks:

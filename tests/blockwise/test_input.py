@@ -169,5 +169,5 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"norm.weight in .* has shape \[3\], the model expects \[16\]"):
         megascore.score_blockwise(model, None, make_batches(), weights=tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"no such thing")
-    with pytest.raises(ModelError, match="a.safetensors cannot be read as safetensors"):
+    with pytest.raises(ModelError, match="a.safetensors cannot be read as a safetensors file"):
         megascore.score_blockwise(model, None, make_batches(), weights=tmp_path)

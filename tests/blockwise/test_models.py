@@ -16,7 +16,7 @@ from megascore.blockwise.moving_weights import MovingWeights
 from megascore.errors import DataError, ModelError
 from tests.blockwise.test_score_blocks import BOTH_MODES, assert_same, full_pass
 from tests.mcore.oracle import ITERATIVE, all_scores
-from tests.models import SIZES, save_checkpoint
+from tests.models import SIZES, cache_keyword, save_checkpoint
 
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -170,7 +170,8 @@ def test_a_generation_cache_of_the_caller_is_refused() -> None:
     from transformers import DynamicCache
 
     model = build("qwen2")
-    batches = [{**batch, "past_key_values": DynamicCache(), "use_cache": True} for batch in make_batches(False)]
+    keyword = cache_keyword(model)
+    batches = [{**batch, keyword: DynamicCache(), "use_cache": True} for batch in make_batches(False)]
     for cached in (True, False):
-        with pytest.raises(ModelError, match="given a cache .past_key_values is a DynamicCache.: leave it out"):
+        with pytest.raises(ModelError, match=f"given a cache .{keyword} is a DynamicCache.: leave it out"):
             megascore.score_blockwise(model, None, batches, cache_block_outputs=cached)

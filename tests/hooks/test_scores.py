@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megascore.hooks import RoutedL2NormHook, RouterWeightedNormHook
+from megascore.hooks.registry import methods
 from megascore.kernels import reductions
 from tests.hooks.cases import (
     CASES,
@@ -136,3 +138,11 @@ def test_ties_go_to_the_smaller_channel() -> None:
     x = torch.randn(7, 1, 1).expand(7, 2, 6)
     hook = feed(ITERATIVE.make_hook(module, 2), [(x, module(x), None)] * 2)
     assert hook.to_dict()["channels_importance_ascending"].tolist() == list(range(6))
+
+
+def test_every_class_of_the_registry_has_a_case() -> None:
+    covered = {type(case.make_hook(case.make_module(12, torch.float32), 5)) for case in CASES}
+    routed = {RoutedL2NormHook, RouterWeightedNormHook}  # in test_experts.py
+    assert {method.hook for method in methods().values() if method.hook.__module__.startswith("megascore.")} == (
+        covered | routed
+    )

@@ -17,17 +17,15 @@ from rich.console import Console
 
 from megascore.config import DataConfig, JobConfig, ModelConfig, ParallelConfig, RunConfig
 from megascore.errors import ConfigError, DataError, LayoutError, MegascoreError, ModelError
-from megascore.hooks import ForwardHook
+from megascore.hooks.base import Method
 from megascore.job.dry_run import dry_run
 from megascore.job.dry_run_report import format_bytes
 from megascore.job.job import run_job
 from megascore.job.planned import DryRun, plan_of_rank
 from megascore.mcore.models.gpt import build_gpt
 from megascore.mcore.world.parallel_world import is_alone
-from megascore.sites.places import Place
 from megascore.sites.plain import PlainModelView
 from megascore.sites.requests import ScoreRequest
-from megascore.weights.huggingface.architecture import architecture_of
 from megascore.weights.huggingface.config import read_config
 from tests.blockwise.tiny_decoder import TinyDecoder
 from tests.hooks.test_kept import ListHook
@@ -155,16 +153,19 @@ def test_weights_and_hooks_are_counted_by_their_types(models: Path) -> None:
     assert line.finish_bytes == (ffn + 2 + ffn) * float64
 
 
-class ViewWithLists(PlainModelView):
-    """A model at whose places hooks keep more than their statistics."""
+class RequestOfLists(ScoreRequest):
+    """A score whose hook keeps more than its statistics."""
 
-    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        return ListHook()
+    @property
+    def definition(self) -> Method:
+        return replace(super().definition, hook=ListHook)
 
 
 def test_a_list_of_tensors_that_a_hook_keeps_is_counted() -> None:
-    model, requests = TinyDecoder(), (ScoreRequest("ffn", "l2_norm"),)
-    plain, with_lists = (plan_of_rank(view(model), requests, 1).sites for view in (PlainModelView, ViewWithLists))
+    view = PlainModelView(TinyDecoder())
+    plain, with_lists = (
+        plan_of_rank(view, [kind("ffn", "l2_norm")], 1).sites for kind in (ScoreRequest, RequestOfLists)
+    )
     assert len(plain) == 4
     # 5 float64 and 3 float32 numbers.
     assert [line.kept_bytes for line in with_lists] == [line.kept_bytes + 5 * 8 + 3 * 4 for line in plain]
@@ -259,7 +260,7 @@ def test_a_megatron_checkpoint_says_by_itself_what_it_is(saved: Path) -> None:
 
 def provider_for_any_device(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype) -> Any:
     config = read_config(provider_for_any_device.model)  # type: ignore[attr-defined]
-    return build_gpt(architecture_of(config), parallel, dtype, device, SEQUENCE_LENGTH)
+    return build_gpt(config.architecture, parallel, dtype, device, SEQUENCE_LENGTH)
 
 
 def test_a_function_of_the_users_builds_on_the_meta_device(models: Path) -> None:

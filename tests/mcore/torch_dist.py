@@ -116,35 +116,35 @@ def training_args(directory: Path, **changes: Any) -> argparse.Namespace:
     from megascore.weights.huggingface.config import read_config
 
     config = read_config(directory)
-    experts = config.experts
+    model = config.architecture
     values: dict[str, Any] = {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_size,
-        "num_attention_heads": config.num_heads,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_size,
+        "num_attention_heads": model.num_heads,
         "group_query_attention": True,
-        "num_query_groups": config.num_kv_heads,
+        "num_query_groups": model.num_kv_heads,
         "kv_channels": config.head_dim,
-        "padded_vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_positions,
+        "padded_vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_positions,
         "normalization": "RMSNorm",
-        "norm_epsilon": config.norm_eps,
+        "norm_epsilon": model.transformer["layernorm_epsilon"],
         "swiglu": True,
         "add_bias_linear": config.attention_output_bias or config.mlp_bias,
         "add_qkv_bias": config.qkv_bias,
         "qk_layernorm": config.qk_norm,
         "untie_embeddings_and_output_weights": not config.tied_embeddings,
         "position_embedding_type": "rope",
-        "rotary_base": config.rope_theta,
+        "rotary_base": model.gpt["rotary_base"],
         "params_dtype": torch.bfloat16,
         "tensor_model_parallel_size": 1,
     }
-    if experts is not None:
+    if model.experts is not None:
         values |= {
-            "num_experts": experts.num_experts,
-            "moe_ffn_hidden_size": experts.ffn_size,
-            "moe_router_topk": experts.top_k,
-            "moe_router_pre_softmax": not experts.normalized,
-            "moe_layer_freq": 1 if all(experts.layers) else [int(has_experts) for has_experts in experts.layers],
+            "num_experts": model.experts.num_experts,
+            "moe_ffn_hidden_size": model.experts.ffn_size,
+            "moe_router_topk": model.transformer["moe_router_topk"],
+            "moe_router_pre_softmax": model.transformer["moe_router_pre_softmax"],
+            "moe_layer_freq": 1 if all(model.experts.layers) else [int(has) for has in model.experts.layers],
         }
     return argparse.Namespace(**{**values, **changes})

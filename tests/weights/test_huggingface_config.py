@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megascore.errors import ModelError
-from megascore.weights.huggingface.config import read_config
+from megascore.weights.architecture import Experts
+from megascore.weights.huggingface.config import HuggingFaceModelConfig, read_config
 from tests.models import SIZES
 
 LLAMA3 = {
@@ -26,6 +27,16 @@ def write(directory: Path, model_type: str, **values: Any) -> Path:
     return directory
 
 
+def rotary(config: HuggingFaceModelConfig) -> tuple[float, float | None, float | None]:
+    """Return the base, and the factors of Llama 3's scaling and of linear interpolation where they are on."""
+    gpt = config.architecture.gpt
+    return (
+        gpt["rotary_base"],
+        gpt["rope_scaling_factor"] if gpt["rope_scaling"] else None,
+        gpt["seq_len_interpolation_factor"],
+    )
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -36,17 +47,17 @@ def write(directory: Path, model_type: str, **values: Any) -> Path:
 )
 def test_rotary_settings_are_found_where_each_version_puts_them(tmp_path: Path, values: dict[str, Any]) -> None:
     config = read_config(write(tmp_path, "llama", **values))
-    assert (config.rope_theta, config.rope_llama3_factor, config.rope_linear_factor) == (5e5, 32.0, None)
+    assert rotary(config) == (5e5, 32.0, None)
 
 
 def test_linear_scaling_under_its_old_key_is_read(tmp_path: Path) -> None:
     config = read_config(write(tmp_path, "llama", rope_scaling={"type": "linear", "factor": 4.0}))
-    assert (config.rope_theta, config.rope_llama3_factor, config.rope_linear_factor) == (10000.0, None, 4.0)
+    assert rotary(config) == (10000.0, None, 4.0)
 
 
 def test_what_an_old_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
     config = read_config(write(tmp_path, "llama", num_key_value_heads="absent", head_dim=None))
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 16, 10000.0)
+    assert (config.architecture.num_kv_heads, config.head_dim, rotary(config)) == (4, 16, (10000.0, None, None))
     assert not config.tied_embeddings
     assert read_config(write(tmp_path, "qwen3")).head_dim == 128
 
@@ -93,9 +104,9 @@ def test_families_differ_in_biases_and_norms(
 def test_sliding_windows_are_in_the_layers_that_have_them(
     tmp_path: Path, model_type: str, values: dict[str, Any], window: int | None, layers: str
 ) -> None:
-    config = read_config(write(tmp_path, model_type, **values))
-    assert config.sliding_window == window
-    assert "".join(str(int(slides)) for slides in config.sliding_layers) == layers
+    model = read_config(write(tmp_path, model_type, **values)).architecture
+    assert model.sliding_window == window
+    assert "".join(str(int(slides)) for slides in model.sliding_layers) == layers
 
 
 @pytest.mark.parametrize(
@@ -142,10 +153,11 @@ QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok":
 
 def test_the_number_of_experts_is_read_under_both_names(tmp_path: Path) -> None:
     for key in ("num_experts", "num_local_experts"):
-        experts = read_config(write(tmp_path, **{**QWEN3_MOE, "num_experts": "absent", key: 6})).experts
-        assert experts is not None
-        assert (experts.num_experts, experts.top_k, experts.ffn_size, experts.normalized) == (6, 2, 32, False)
-    assert read_config(write(tmp_path, "llama")).experts is None
+        model = read_config(write(tmp_path, **{**QWEN3_MOE, "num_experts": "absent", key: 6})).architecture
+        assert model.experts == Experts(num_experts=6, ffn_size=32, layers=(True,) * 4)
+        # Weights of a token's experts are those of a softmax over all experts, as norm_topk_prob is not set.
+        assert (model.transformer["moe_router_topk"], model.transformer["moe_router_pre_softmax"]) == (2, True)
+    assert read_config(write(tmp_path, "llama")).architecture.experts is None
 
 
 @pytest.mark.parametrize(

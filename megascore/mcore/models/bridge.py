@@ -13,8 +13,9 @@ import torch
 
 from megascore.config import ParallelConfig
 from megascore.errors import ModelError
+from megascore.mcore.models.arguments import config_arguments, pipeline_layout
 from megascore.mcore.models.provider import checked_chunks
-from megascore.weights.fingerprint import weights_fingerprint
+from megascore.weights.huggingface.folder import WeightsFolder
 
 __all__ = ["BridgeBuilder", "BridgeWeights", "find_bridge", "has_bridge"]
 
@@ -103,30 +104,10 @@ class BridgeBuilder:
 
 
 def _settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "tensor_model_parallel_size": parallel.tensor,
-        "sequence_parallel": parallel.sequence,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        "context_parallel_size": parallel.context,
-        "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.expert_tensor,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "fp16": dtype == torch.float16,
-        "bf16": dtype == torch.bfloat16,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "perform_initialization": False,
-        # Needs apex, for a gradient that scoring does not take.
-        "gradient_accumulation_fusion": False,
-    }
-    if parallel.pipeline_layers is not None:
-        settings["pipeline_model_parallel_layout"] = [
-            ["embedding"] * (stage == 0) + ["decoder"] * layers + ["loss"] * (stage == parallel.pipeline - 1)
-            for stage, layers in enumerate(parallel.pipeline_layers)
-        ]
-    return settings
+    # Fused accumulation needs apex, for a gradient that scoring does not take.
+    settings = {**config_arguments(parallel, dtype), "gradient_accumulation_fusion": False}
+    layout = pipeline_layout(parallel)
+    return settings if layout is None else {**settings, "pipeline_model_parallel_layout": layout}
 
 
 @dataclass(frozen=True)
@@ -159,4 +140,4 @@ class BridgeWeights:
 
     def fingerprint(self) -> str:
         """Return that of the directory's safetensors files."""
-        return weights_fingerprint(self.directory)
+        return WeightsFolder(self.directory).fingerprint()

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megascore.config import ModelConfig, ParallelConfig
-from megascore.mcore.models.gpt import build_gpt
-from megascore.mcore.models.source import model_source
-from megascore.weights.huggingface.architecture import architecture_of
-from megascore.weights.huggingface.config import HuggingFaceModelConfig
+from megascore.mcore.models.choose import model_source
 
-__all__ = ["build_model", "load_model"]
+__all__ = ["load_model"]
 
 
 def load_model(
@@ -42,14 +38,3 @@ def load_model(
     chunks = source.build(parallel, getattr(torch, config.dtype), device, max_sequence_length)
     source.load(chunks)
     return chunks
-
-
-def build_model(
-    hf_config: HuggingFaceModelConfig,
-    parallel: ParallelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_sequence_length: int,
-) -> list[GPTModel]:
-    """Build the part of a Hugging Face model that this rank has, as `build_gpt` does."""
-    return build_gpt(architecture_of(hf_config), parallel, dtype, device, max_sequence_length)

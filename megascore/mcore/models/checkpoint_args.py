@@ -1,4 +1,4 @@
-"""What a model was built from, as its checkpoint tells: Megatron-LM's command line, or Megatron-Bridge's config."""
+"""The architecture of a model from its checkpoint: from Megatron-LM's command line, or Megatron-Bridge's config."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ POSITIONS = ("rope", "learned_absolute", "none")
 
 
 def architecture_from_args(checkpoint: MegatronCheckpoint) -> Architecture:
-    """Return what the model in a checkpoint is built from.
+    """Return the architecture of the model in a checkpoint.
 
     Raises:
         ModelError: the checkpoint keeps neither, they lack something, or they ask for what is not supported.

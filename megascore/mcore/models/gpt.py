@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megascore.config import ParallelConfig
 from megascore.errors import LayoutError, ModelError
+from megascore.mcore.models.arguments import chunk_arguments, config_arguments, pipeline_layout
 from megascore.mcore.models.empty_layers import on_device
-from megascore.mcore.models.layout import check_divisible, layers_of_chunks
+from megascore.mcore.models.layout import check_divisible
 from megascore.mcore.models.spec import block_spec, uses_grouped_experts
 from megascore.weights.architecture import Architecture
 
-__all__ = ["build_gpt"]
+__all__ = ["ArchitectureBuilder", "build_gpt"]
+
+
+@dataclass(frozen=True)
+class ArchitectureBuilder:
+    """Builds a model from its description."""
+
+    whole_because = None
+
+    name: str
+    architecture: Architecture
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens that it has."""
+        return self.architecture.vocab_size
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the description."""
+        return {"architecture": self.architecture.as_json()}
+
+    def check(self, parallel: ParallelConfig) -> None:
+        """Check that the model splits so."""
+        check_divisible(self.architecture, parallel)
+
+    def build(
+        self, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, max_sequence_length: int
+    ) -> list[GPTModel]:
+        """Build the chunks of this rank, as `build_gpt` does."""
+        return build_gpt(self.architecture, parallel, dtype, device, max_sequence_length)
 
 
 def build_gpt(
@@ -62,16 +92,13 @@ def build_gpt(
 def _build_chunk(
     model: Architecture, config: TransformerConfig, parallel: ParallelConfig, spec: Callable[..., Any], chunk: int
 ) -> GPTModel:
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    vp_stage = chunk if parallel.virtual_pipeline > 1 else None
+    part = chunk_arguments(parallel, chunk)
     return GPTModel(
         config=config,
-        transformer_layer_spec=spec(vp_stage),
+        transformer_layer_spec=spec(part["vp_stage"]),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_positions,
-        pre_process=stage == 0 and chunk == 0,
-        post_process=stage == parallel.pipeline - 1 and chunk == parallel.virtual_pipeline - 1,
-        vp_stage=vp_stage,
+        **part,
         **model.gpt,
     )
 
@@ -103,13 +130,18 @@ def _transformer_config(
                 # Megatron counts the keys before the query, transformers the query too.
                 window_size=(window - 1, 0) if slides and window is not None else None,
                 window_attn_skip_freq=[int(slides) for slides in model.sliding_layers] if slides else None,
-                **{**model.transformer, **_expert_values(model, device, dtype), **_run_values(model, parallel, dtype)},
+                pipeline_model_parallel_layout=pipeline_layout(parallel),
+                **{
+                    **model.transformer,
+                    **_expert_arguments(model, device, dtype),
+                    **config_arguments(parallel, dtype),
+                },
             )
         except (ValueError, AssertionError) as error:
             raise ModelError(f"Megatron-Core does not build this {model.model_type} model so: {error}") from error
 
 
-def _expert_values(model: Architecture, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _expert_arguments(model: Architecture, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     if model.experts is None:
         return {}
     layers = model.experts.layers
@@ -122,34 +154,3 @@ def _expert_values(model: Architecture, device: torch.device, dtype: torch.dtype
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
     }
-
-
-def _run_values(model: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "fp16": dtype == torch.float16,
-        "bf16": dtype == torch.bfloat16,
-        "perform_initialization": False,
-        "tensor_model_parallel_size": parallel.tensor,
-        "sequence_parallel": parallel.sequence,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        "pipeline_model_parallel_layout": _pipeline_layout(model.num_layers, parallel),
-        "context_parallel_size": parallel.context,
-        "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.expert_tensor,
-    }
-
-
-def _pipeline_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
-    """Megatron's description of an uneven pipeline, its chunks in the order of the layers; None for an even one."""
-    if parallel.pipeline_layers is None:
-        return None
-    layers = layers_of_chunks(num_layers, parallel)
-    layout = [["decoder"] * stage[chunk] for chunk in range(parallel.virtual_pipeline) for stage in layers]
-    layout[0].insert(0, "embedding")
-    layout[-1].append("loss")
-    return layout

@@ -1,17 +1,14 @@
-"""Whether a model fits a parallel layout, and which layers each pipeline chunk then has."""
+"""Checks of a model and a sequence length against a parallel layout, and the layers of each pipeline chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd
-from typing import Protocol
 
 from megascore.config import ParallelConfig
 from megascore.errors import LayoutError
+from megascore.weights.architecture import Architecture
 
 __all__ = [
-    "ExpertSizes",
-    "ModelSizes",
     "check_divisible",
     "check_sequence_length",
     "exchanges_tokens",
@@ -19,55 +16,7 @@ __all__ = [
 ]
 
 
-class ExpertSizes(Protocol):
-    """What a layout splits in routed experts."""
-
-    @property
-    def num_experts(self) -> int:
-        """Routed experts of a layer."""
-
-    @property
-    def ffn_size(self) -> int:
-        """Channels inside each expert."""
-
-    @property
-    def layers(self) -> Sequence[bool]:
-        """Which layers have experts."""
-
-
-class ModelSizes(Protocol):
-    """What a layout splits in a model."""
-
-    @property
-    def model_type(self) -> str:
-        """What the model is called in messages."""
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-
-    @property
-    def num_heads(self) -> int:
-        """Attention heads."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads."""
-
-    @property
-    def ffn_size(self) -> int:
-        """Channels inside a dense MLP."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-
-    @property
-    def experts(self) -> ExpertSizes | None:
-        """Routed experts; None in a dense model."""
-
-
-def check_divisible(config: ModelSizes, parallel: ParallelConfig) -> None:
+def check_divisible(model: Architecture, parallel: ParallelConfig) -> None:
     """Check that every size that the layout splits can be split.
 
     Raises:
@@ -75,12 +24,12 @@ def check_divisible(config: ModelSizes, parallel: ParallelConfig) -> None:
             would do.
     """
     sizes = {
-        "attention heads": config.num_heads,
-        "KV heads": config.num_kv_heads,
-        "vocabulary entries": config.vocab_size,
+        "attention heads": model.num_heads,
+        "KV heads": model.num_kv_heads,
+        "vocabulary entries": model.vocab_size,
     }
-    if config.experts is None or not all(config.experts.layers):
-        sizes["FFN channels"] = config.ffn_size
+    if model.experts is None or not all(model.experts.layers):
+        sizes["FFN channels"] = model.ffn_size
     failing = [f"{size} {name}" for name, size in sizes.items() if size % parallel.tensor]
     if failing:
         would_do = ", ".join(str(degree) for degree in _divisors(gcd(*sizes.values())))
@@ -88,21 +37,21 @@ def check_divisible(config: ModelSizes, parallel: ParallelConfig) -> None:
             f"parallel.tensor={parallel.tensor} does not divide the model's {' and '.join(failing)}; "
             f"tensor sizes that would do: {would_do}."
         )
-    _check_experts(config, parallel)
-    layers_of_chunks(config.num_layers, parallel)
+    _check_experts(model, parallel)
+    layers_of_chunks(model.num_layers, parallel)
 
 
-def _check_experts(config: ModelSizes, parallel: ParallelConfig) -> None:
-    if config.experts is None:
+def _check_experts(model: Architecture, parallel: ParallelConfig) -> None:
+    if model.experts is None:
         if parallel.expert > 1 or parallel.expert_tensor > 1:
             raise LayoutError(
                 f"parallel.expert={parallel.expert}, parallel.expert_tensor={parallel.expert_tensor}: "
-                f"a {config.model_type} model has no experts; set both to 1."
+                f"a {model.model_type} model has no experts; set both to 1."
             )
         return
     for axis, degree, size, what in (
-        ("expert", parallel.expert, config.experts.num_experts, "experts"),
-        ("expert_tensor", parallel.expert_tensor, config.experts.ffn_size, "channels of each expert"),
+        ("expert", parallel.expert, model.experts.num_experts, "experts"),
+        ("expert_tensor", parallel.expert_tensor, model.experts.ffn_size, "channels of each expert"),
     ):
         if size % degree:
             would_do = ", ".join(map(str, _divisors(size)))
@@ -136,7 +85,7 @@ def check_sequence_length(sequence_length: int, parallel: ParallelConfig) -> Non
 
 
 def layers_of_chunks(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
-    """How many layers each pipeline chunk has.
+    """Return how many layers each pipeline chunk has.
 
     Args:
         num_layers: Layers of the whole model.

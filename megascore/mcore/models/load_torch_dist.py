@@ -20,7 +20,7 @@ from megascore.errors import ModelError
 from megascore.weights.torch_dist.checkpoint import MegatronCheckpoint
 from megascore.weights.torch_dist.read import fill_from_part, overlaps
 
-__all__ = ["load_checkpoint", "load_layer"]
+__all__ = ["TorchDistWeights"]
 
 LAYER_NUMBER = re.compile(r"^decoder\.layers\.(\d+)\.")
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
@@ -28,63 +28,58 @@ EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 @dataclass
 class _Wanted:
-    """A part of a global tensor that this rank has."""
+    """The part of a global tensor that this rank has."""
 
     name: str
-    """In the checkpoint."""
+    """Name of the tensor in the checkpoint."""
     offsets: torch.Size
     global_shape: torch.Size
     target: Tensor
-    """Where it goes, with as many dimensions as the global tensor."""
+    """Filled with the part; it has as many dimensions as the global tensor."""
     may_differ: bool
     """Whether the global shape may be another, as that of a padded vocabulary."""
 
 
-def load_checkpoint(chunks: Sequence[nn.Module], checkpoint: MegatronCheckpoint) -> int:
-    """Fill the model chunks of this rank.
+@dataclass(frozen=True)
+class TorchDistWeights:
+    """The weights in a Megatron checkpoint, saved from a model of the same make in any layout."""
 
-    Parameters on the meta device are checked like the others, and not read: see `load_layer`.
-    Not collective. Every rank checks the files of the whole checkpoint before any weight is read.
+    whole_because = None
 
-    Args:
-        chunks: Of this rank, built inside a `parallel_world`.
-        checkpoint: Saved from a model of the same make, in any layout.
+    checkpoint: MegatronCheckpoint
 
-    Returns:
-        Bytes read by this rank.
+    def check(self) -> None:
+        """Check that the files are there and whole."""
+        self.checkpoint.check_files()
 
-    Raises:
-        ModelError: a tensor that the model has is not there or has another shape, one that is there is not the model's,
-            or a file is missing or damaged. It names the tensor.
-    """
-    checkpoint.check_files()
-    num_bytes = 0
-    for chunk in chunks:
-        sharded = chunk.sharded_state_dict(metadata=checkpoint.naming)  # type: ignore[operator]
-        _check_unused(sharded, checkpoint)
-        num_bytes += sum(_load_value(value, checkpoint) for value in _values(sharded))
-    return num_bytes
+    def load(self, chunks: Sequence[nn.Module]) -> int:
+        """Fill the chunks of this rank, built inside a `parallel_world`, see `Weights`. Not collective.
 
+        Parameters on the meta device are checked like the others, and not read.
 
-def load_layer(chunk: nn.Module, layer: nn.Module, checkpoint: MegatronCheckpoint) -> int:
-    """Fill one decoder layer, as `load_checkpoint` does; only its own tensors are looked at. Not collective.
+        Raises:
+            ModelError: a tensor that the model has is not there or has another shape, one that is there is not the
+                model's, or a file is damaged. It names the tensor.
+        """
+        num_bytes = 0
+        for chunk in chunks:
+            sharded = chunk.sharded_state_dict(metadata=self.checkpoint.naming)  # type: ignore[operator]
+            _check_unused(sharded, self.checkpoint)
+            num_bytes += sum(_load_value(value, self.checkpoint) for value in _values(sharded))
+        return num_bytes
 
-    Args:
-        chunk: The model chunk of this rank that the layer is in.
-        layer: With memory for its parameters.
-        checkpoint: Saved from a model of the same make, in any layout.
+    def load_layer(self, chunk: nn.Module, layer: nn.Module) -> int:
+        """Fill one decoder layer of a chunk, see `Weights`; only its own tensors are looked at."""
+        sharded = _sharded_layer(chunk, layer, self.checkpoint)
+        return sum(_load_value(value, self.checkpoint) for value in _values(sharded))
 
-    Returns:
-        Bytes read by this rank.
-
-    Raises:
-        ModelError: a file is missing or damaged: it has changed since the run began.
-    """
-    return sum(_load_value(value, checkpoint) for value in _values(_sharded_layer(chunk, layer, checkpoint)))
+    def fingerprint(self) -> str:
+        """Return what tells these weights from others."""
+        return self.checkpoint.fingerprint()
 
 
 def _sharded_layer(chunk: nn.Module, layer: nn.Module, checkpoint: MegatronCheckpoint) -> dict[str, Any]:
-    """Let Megatron say what a layer's parameters are. It only does so for a block, which has this layer alone then."""
+    """Return Megatron's description of a layer's parameters; it has one of blocks only, so the block has one layer."""
     name, block = next((name, block) for name, block in chunk.named_modules() if isinstance(block, TransformerBlock))
     layers = block.layers
     block.layers = nn.ModuleList([layer])

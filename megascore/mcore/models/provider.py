@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megascore.config import ParallelConfig
 from megascore.errors import ConfigError, LayoutError, ModelError
+from megascore.mcore.models.arguments import chunk_arguments
 from megascore.mcore.models.empty_layers import on_device
 
 __all__ = ["ProviderBuilder", "ProviderWeights", "checked_chunks", "find_function"]
@@ -102,7 +102,7 @@ class ProviderBuilder:
         per_chunk = self._takes_all or not self._names.isdisjoint(PER_CHUNK)
         returned: list[Any] = []
         for chunk in range(parallel.virtual_pipeline if per_chunk else 1):
-            value = self._function(**self._declared({**job, **_part_of_model(parallel, chunk)}))
+            value = self._function(**self._declared({**job, **chunk_arguments(parallel, chunk)}))
             returned.extend(value if isinstance(value, (list, tuple)) else [value])
         return checked_chunks(returned, parallel, dtype, device, f"model.provider={self.name}")
 
@@ -112,15 +112,6 @@ class ProviderBuilder:
 
 PER_CHUNK = ("pre_process", "post_process", "vp_stage")
 PER_JOB = ("parallel", "dtype", "device", "max_sequence_length")
-
-
-def _part_of_model(parallel: ParallelConfig, chunk: int) -> dict[str, Any]:
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    return {
-        "pre_process": stage == 0 and chunk == 0,
-        "post_process": stage == parallel.pipeline - 1 and chunk == parallel.virtual_pipeline - 1,
-        "vp_stage": chunk if parallel.virtual_pipeline > 1 else None,
-    }
 
 
 def checked_chunks(
@@ -167,7 +158,7 @@ def checked_chunks(
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """What is inside of wrappers for mixed precision or data parallelism, which keep it as ``module``."""
+    """Return the model inside of wrappers for mixed precision or data parallelism, which keep it as ``module``."""
     while not hasattr(module, "set_input_tensor") or not hasattr(module, "decoder"):
         inner = getattr(module, "module", None)
         if not isinstance(inner, nn.Module):

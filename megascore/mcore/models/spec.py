@@ -1,4 +1,4 @@
-"""What layers are built of: Transformer Engine's modules on CUDA where it is installed, else Megatron's own."""
+"""The modules of layers: Transformer Engine's on CUDA where it is installed, else Megatron's own."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class TorchNorm:
 
 
 def block_spec(config: TransformerConfig, device: torch.device, chunk: int | None = None) -> Any:
-    """What the layers of one pipeline chunk are built of.
+    """Return the modules that the layers of one pipeline chunk are built of.
 
     Args:
-        config: The whole model.
-        device: Where it will run.
+        config: Config of the whole model.
+        device: Device that it will run on.
         chunk: Number of the virtual-pipeline chunk, None without virtual pipelining.
 
     Returns:

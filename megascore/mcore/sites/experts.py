@@ -7,7 +7,6 @@ expert's input, with ``moe_apply_probs_on_input``). So the tensors seen here are
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megascore.errors import LayoutError, ModelError
-from megascore.mcore.sites.expert_hooks import MegatronRoutedL2NormHook, MegatronRouterWeightedNormHook
 from megascore.mcore.sites.masks import DispatchedMask, rows_of_expert
 from megascore.mcore.world.groups import DenseGroups, ExpertGroups
 from megascore.parallel.axes import Axis, Placement, Role, Shard
-from megascore.parallel.placed import PlacedHook
-from megascore.sites.places import LocalMask, Place, PlaceKind, Reader, first_tensor
+from megascore.sites.places import LocalMask, Place, Reader, first_tensor
+from megascore.sites.targets import PlaceKind
 
-__all__ = ["ExpertPlace", "build_expert_hook", "expert_facts", "expert_layout", "expert_places"]
+__all__ = ["expert_facts", "expert_layout", "expert_places", "padding_of_experts"]
 
 PADDING = (
     "moe_pad_expert_input_to_capacity",
@@ -37,16 +35,9 @@ PADDING = (
 """Fields of Megatron's ``TransformerConfig``, each of some versions, with which experts are given more than tokens."""
 
 
-@dataclass(frozen=True)
-class ExpertPlace(Place):
-    """A place inside a layer of routed experts, which has axes of its own."""
-
-    groups: ExpertGroups
-
-
 def expert_places(
     moe_layer: MoELayer, name: str, path: str, dense: DenseGroups, local_mask: LocalMask
-) -> Iterator[ExpertPlace]:
+) -> Iterator[Place]:
     """Yield the places of a layer's routed experts that live on this rank: all experts together, then each one's FFN.
 
     Args:
@@ -71,8 +62,12 @@ def expert_places(
     together = Placement.whole(num_global, _roles(groups, ep=Role.SUM, etp=Role.SAME), copies)
     read = _read_all_experts(first, num_local)
     masks = DispatchedMask(moe_layer, name, local_mask)
-    common: dict[str, Any] = {"groups": groups, "mask_follower": masks}
-    yield ExpertPlace(
+    common: dict[str, Any] = {
+        "groups": groups.larger_than_one("ep", "etp", "edp"),
+        "mask_follower": masks,
+        "obstacle": padding_of_experts(moe_layer.config),
+    }
+    yield Place(
         PlaceKind.ROUTED_EXPERTS,
         f"{name}.experts",
         experts,
@@ -86,7 +81,7 @@ def expert_places(
     for position, (module_name, module, read) in enumerate(_projections(experts, num_local)):
         expert_name = f"{name}.experts.{first + position}.linear_fc2"
         local_name = f"{path}.experts{module_name}"
-        yield ExpertPlace(
+        yield Place(
             PlaceKind.ROUTED_EXPERT_PROJECTION,
             expert_name,
             module,
@@ -96,24 +91,6 @@ def expert_places(
             local_mask=masks.of_expert(position),
             **common,
         )
-
-
-def build_expert_hook(place: ExpertPlace, config: TransformerConfig) -> PlacedHook:
-    """Return a fresh hook at a place inside routed experts.
-
-    Raises:
-        ModelError: the model gives experts tokens that are none, so that they cannot be counted.
-    """
-    padded = [name for name in PADDING if getattr(config, name, None)]
-    if padded:
-        raise ModelError(
-            f"{place.name}: with {', '.join(padded)} set, experts are given padding that cannot be told from tokens. "
-            "Set it to False (None where it is a number or a name) in the TransformerConfig to score experts."
-        )
-    routed = place.kind is PlaceKind.ROUTED_EXPERTS
-    hook: PlacedHook = MegatronRouterWeightedNormHook() if routed else MegatronRoutedL2NormHook()
-    hook.put(place.placement, place.groups.larger_than_one("ep", "etp", "edp"), place.device)
-    return hook
 
 
 def expert_facts(config: TransformerConfig) -> Mapping[str, Any]:
@@ -133,6 +110,17 @@ def expert_layout(config: TransformerConfig) -> Mapping[str, int]:
     if not config.num_moe_experts:
         return {}
     return {"expert": config.expert_model_parallel_size, "expert_tensor": config.expert_tensor_parallel_size}
+
+
+def padding_of_experts(config: TransformerConfig) -> str | None:
+    """Return why experts cannot be scored where they are given what is no token, so that tokens cannot be counted."""
+    padded = [name for name in PADDING if getattr(config, name, None)]
+    if not padded:
+        return None
+    return (
+        f"with {', '.join(padded)} set, experts are given padding that cannot be told from tokens. Set it to False "
+        "(None where it is a number or a name) in the TransformerConfig to score experts."
+    )
 
 
 def _copies_of_tokens(config: TransformerConfig, dense: DenseGroups) -> int:

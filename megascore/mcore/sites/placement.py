@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from megascore.errors import LayoutError
 from megascore.mcore.world.groups import DenseGroups
 from megascore.parallel.axes import Axis, Placement, Role, Shard
 
-__all__ = ["place_hidden_states", "place_kv_heads", "place_row_parallel_input"]
+__all__ = ["own_columns", "place_hidden_states", "place_kv_heads", "place_row_parallel_input"]
 
 
 def place_row_parallel_input(linear: nn.Module, groups: DenseGroups, *, communicates: bool = True) -> Placement:
@@ -75,3 +75,8 @@ def _data_roles(groups: DenseGroups) -> tuple[tuple[Axis, Role], ...]:
         (groups.axis("dp"), Role.SUM),
         (groups.axis("pp"), Role.OWN),
     )
+
+
+def own_columns(values: Tensor, shard: Shard) -> Tensor:
+    """Return this rank's columns of values [..., columns]: a view where they have all, else the values as they are."""
+    return values if values.shape[-1] == shard.length else values.narrow(-1, shard.offset, shard.length)

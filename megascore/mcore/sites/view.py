@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,18 +16,24 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megascore.errors import ModelError
-from megascore.hooks import ForwardHook
 from megascore.mcore.compat import replays_graphs, runs_fused
-from megascore.mcore.sites.experts import ExpertPlace, build_expert_hook, expert_facts, expert_layout, expert_places
-from megascore.mcore.sites.fused_norm import fused_norm_output, has_fused_norm
-from megascore.mcore.sites.hooks import build_hook
+from megascore.mcore.sites.experts import expert_facts, expert_layout, expert_places
+from megascore.mcore.sites.fused_norm import fused_norm_output, has_fused_norm, norm_module
+from megascore.mcore.sites.kv_heads import KvHeads
 from megascore.mcore.sites.masks import SequenceMask
-from megascore.mcore.sites.placement import place_hidden_states, place_kv_heads, place_row_parallel_input
+from megascore.mcore.sites.placement import own_columns, place_hidden_states, place_row_parallel_input
 from megascore.mcore.world.groups import DenseGroups
-from megascore.sites.places import Place, PlaceKind, Reader, first_tensor
-from megascore.sites.requests import ScoreRequest
+from megascore.parallel.axes import Placement
+from megascore.sites.places import Place, Reader, first_tensor
+from megascore.sites.targets import PlaceKind
 
 __all__ = ["MegatronModelView"]
+
+RUN_PAST = (
+    "the model runs past this module, in fused operations of Transformer Engine. Build it with "
+    "use_transformer_engine_op_fuser=False (and use_grouped_gemm_for_shared_expert=False), or leave {target} out of "
+    "the scores."
+)
 
 
 class MegatronModelView:
@@ -110,25 +117,10 @@ class MegatronModelView:
     @cached_property
     def places(self) -> Sequence[Place]:
         """All scorable modules on this rank."""
-        return tuple(self._find_places())
-
-    def make_hook(self, request: ScoreRequest, place: Place) -> ForwardHook:
-        """Return a fresh hook for one score at ``place``.
-
-        Raises:
-            ModelError: the model never calls the module there, or gives it what can't be told from tokens.
-        """
-        if id(place.module) in self._never_called:
-            raise ModelError(
-                f"{place.name}: the model runs past this module, in fused operations of Transformer Engine. Build it "
-                "with use_transformer_engine_op_fuser=False (and use_grouped_gemm_for_shared_expert=False), or leave "
-                f"{request.target} out of the scores."
-            )
-        if isinstance(place, ExpertPlace):
-            return build_expert_hook(place, self._config)
-        hook = build_hook(request, place)
-        hook.put(place.placement, self._groups.larger_than_one("tp", "cp", "dp"), place.device)
-        return hook
+        return tuple(
+            replace(place, obstacle=RUN_PAST) if id(place.module) in self._never_called else place
+            for place in self._find_places()
+        )
 
     @property
     def _sequence_parallel(self) -> bool:
@@ -181,23 +173,39 @@ class MegatronModelView:
     ) -> Place:
         module = layer.get_submodule(linear)
         placement = place_row_parallel_input(module, self._groups, communicates=communicates)
-        return Place(
-            kind, f"{name}.{linear}", module, f"{path}.{linear}", placement, _read_linear, local_mask=self._mask
-        )
+        # A layer with input_is_parallel=False is given all channels, of which its own count.
+        read = _linear_reader(lambda inputs: own_columns(inputs, placement.shard))
+        return self._place(kind, f"{name}.{linear}", module, f"{path}.{linear}", placement, read, self._mask)
 
     def _kv_heads(self, name: str, linear: nn.Module, path: str) -> Place:
-        placement = place_kv_heads(self._config.num_query_groups, self._groups)
-        place_name = f"{name}.self_attention.linear_proj"
-        return Place(PlaceKind.KV_HEADS, place_name, linear, path, placement, _read_linear, local_mask=self._mask)
+        heads = KvHeads(linear, self._config.num_query_groups, self._groups)
+        place_name, read = f"{name}.self_attention.linear_proj", _linear_reader(heads.own)
+        place = self._place(PlaceKind.KV_HEADS, place_name, linear, path, heads.placement, read, self._mask)
+        return replace(place, scored_module=heads.module)
 
     def _norm(self, name: str, module: nn.Module, path: str, read: Reader | None = None) -> Place:
-        return self._hidden_states(PlaceKind.NORM, name, module, path, self._config.hidden_size, read or _read_norm)
+        size = self._config.hidden_size
+        place = self._hidden_states(PlaceKind.NORM, name, module, path, size, read or _read_norm)
+        return replace(place, scored_module=lambda: norm_module(module))
 
     def _hidden_states(
         self, kind: PlaceKind, name: str, module: nn.Module, path: str, num_channels: int, read: Reader
     ) -> Place:
         placement = place_hidden_states(num_channels, self._sequence_parallel, self._groups)
-        return Place(kind, name, module, path, placement, read, local_mask=self._mask_of_hidden_states)
+        return self._place(kind, name, module, path, placement, read, self._mask_of_hidden_states)
+
+    def _place(
+        self,
+        kind: PlaceKind,
+        name: str,
+        module: nn.Module,
+        path: str,
+        placement: Placement,
+        read: Reader,
+        mask: SequenceMask,
+    ) -> Place:
+        groups = self._groups.larger_than_one("tp", "cp", "dp")
+        return Place(kind, name, module, path, placement, read, local_mask=mask, groups=groups)
 
 
 def _named_chunks(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -210,9 +218,13 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _read_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
-    """Return input and output (without the bias, where Megatron returns it beside) of a linear layer."""
-    return args[0], first_tensor(output)
+def _linear_reader(own: Callable[[Tensor], Tensor]) -> Reader:
+    """Return a reader of this rank's part of the input, and of the output (without a bias that is returned beside)."""
+
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+        return own(args[0]), first_tensor(output)
+
+    return read
 
 
 def _read_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:

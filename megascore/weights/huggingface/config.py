@@ -1,22 +1,20 @@
-"""The config.json of a Hugging Face checkpoint, in the terms that a Megatron model is built from."""
+"""The config.json of a Hugging Face checkpoint: what Megatron builds the model from, and which tensors it has."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megascore.errors import ModelError
-from megascore.weights.huggingface.config_values import ConfigValues, UnsupportedModelError
-from megascore.weights.huggingface.expert_config import (
-    HuggingFaceExperts,
-    read_mixtral_experts,
-    read_qwen3_experts,
-)
+import torch
 
-__all__ = ["FAMILIES", "HuggingFaceModelConfig", "read_config"]
+from megascore.errors import ModelError
+from megascore.weights.architecture import Architecture
+from megascore.weights.huggingface.config_values import ConfigValues, UnsupportedModelError
+from megascore.weights.huggingface.families import FAMILIES, ExpertNames, Family
+
+__all__ = ["HuggingFaceModelConfig", "read_config"]
 
 MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron's ``rope_scaling`` has built in; only the factor can be chosen."""
@@ -24,64 +22,23 @@ MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "origin
 
 @dataclass(frozen=True)
 class HuggingFaceModelConfig:
-    """Shape and variant of a decoder of the Llama family, dense or with routed experts in some layers."""
+    """A decoder of the Llama family, dense or with routed experts in some layers."""
 
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
+    architecture: Architecture
+    """The model in Megatron's terms."""
     head_dim: int
-    vocab_size: int
-    max_positions: int
-    norm_eps: float
-    rope_theta: float
-    rope_llama3_factor: float | None
-    """Factor of Llama 3's rotary scaling; None without."""
-    rope_linear_factor: float | None
-    """Factor of linear position interpolation; None without."""
+    """Channels of each attention head."""
     tied_embeddings: bool
+    """Whether the output layer has the embedding's weights."""
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    sliding_window: int | None
-    """Keys that a query sees, itself included, in the layers of `sliding_layers`; None where all see everything."""
-    sliding_layers: tuple[bool, ...]
-    experts: HuggingFaceExperts | None = None
-    """Routed experts; None in a dense model."""
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What transformers takes for granted in one model type, beyond what config.json says."""
-
-    qkv_bias: bool = False
-    """Whether q, k and v have biases whatever ``attention_bias`` says."""
-    qk_norm: bool = False
-    can_slide: bool = False
-    slides_everywhere: bool = False
-    """Whether a window holds in all layers, whatever ``max_window_layers`` says."""
-    read_experts: Callable[[ConfigValues, int], HuggingFaceExperts] | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family(
-        can_slide=True, slides_everywhere=True, defaults={"sliding_window": 4096, "use_sliding_window": True}
-    ),
-    "mixtral": _Family(
-        can_slide=True,
-        slides_everywhere=True,
-        read_experts=read_mixtral_experts,
-        defaults={"use_sliding_window": True, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
-    ),
-    "qwen2": _Family(qkv_bias=True, can_slide=True),
-    "qwen3": _Family(qk_norm=True, can_slide=True, defaults={"head_dim": 128}),
-    "qwen3_moe": _Family(qk_norm=True, can_slide=True, slides_everywhere=True, read_experts=read_qwen3_experts),
-}
+    """Whether each head's queries and keys go through a norm."""
+    expert_names: ExpertNames | None = None
+    """Names of the tensors of routed experts; None in a dense model."""
+    fused_experts: bool = False
+    """Whether the experts of a layer are in one tensor. Only the tensors tell, not config.json: see `as_stored`."""
 
 
 def read_config(directory: str | Path) -> HuggingFaceModelConfig:
@@ -94,6 +51,64 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
         ModelError: no directory, no readable config.json, a key missing, an architecture or a variant that is not
             supported.
     """
+    values, family = _read_values(directory)
+    num_layers, num_heads = values.positive("num_hidden_layers"), values.positive("num_attention_heads")
+    hidden_size = values.positive("hidden_size")
+    window, sliding_layers = _sliding(values, family, num_layers)
+    experts, router = family.read_experts(values, num_layers) if family.read_experts else (None, {})
+    attention_bias = bool(values.get("attention_bias", False))
+    config = HuggingFaceModelConfig(
+        architecture=Architecture(
+            model_type=str(values.get("model_type")),
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=values.positive("num_key_value_heads", default=num_heads),
+            ffn_size=values.positive("intermediate_size"),
+            vocab_size=values.positive("vocab_size"),
+            max_positions=values.positive("max_position_embeddings"),
+            sliding_window=window,
+            sliding_layers=sliding_layers,
+            experts=experts,
+        ),
+        head_dim=values.positive("head_dim", default=hidden_size // num_heads),
+        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias or attention_bias,
+        attention_output_bias=attention_bias and not family.qkv_bias,
+        mlp_bias=bool(values.get("mlp_bias", False)),
+        qk_norm=family.qk_norm,
+        expert_names=family.expert_names,
+    )
+    transformer, gpt = {**_transformer_arguments(values, config), **router}, _gpt_arguments(values, config)
+    return replace(config, architecture=replace(config.architecture, transformer=transformer, gpt=gpt))
+
+
+def _transformer_arguments(values: ConfigValues, config: HuggingFaceModelConfig) -> dict[str, Any]:
+    return {
+        "kv_channels": config.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": float(values.get("rms_norm_eps", 1e-6)),
+        "qk_layernorm": config.qk_norm,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        # Megatron has one switch for the biases of the attention output and both MLP layers; those that the checkpoint
+        # does not have are zero.
+        "add_bias_linear": config.attention_output_bias or config.mlp_bias,
+        "add_qkv_bias": config.qkv_bias,
+        "attention_softmax_in_fp32": True,
+    }
+
+
+def _gpt_arguments(values: ConfigValues, config: HuggingFaceModelConfig) -> dict[str, Any]:
+    return {
+        "share_embeddings_and_output_weights": config.tied_embeddings,
+        "position_embedding_type": "rope",
+        **_rotary_arguments(values),
+    }
+
+
+def _read_values(directory: str | Path) -> tuple[ConfigValues, Family]:
+    """Read a config.json, and check what no family may have."""
     path, raw = _read_json(directory)
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
@@ -107,34 +122,7 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
         raise UnsupportedModelError(
             f"{path}: quantized checkpoints are not supported: give the model in float32, float16 or bfloat16."
         )
-    num_layers = values.positive("num_hidden_layers")
-    num_heads = values.positive("num_attention_heads")
-    hidden_size = values.positive("hidden_size")
-    window, sliding_layers = _sliding(values, family, num_layers)
-    rope = _rope(values)
-    return HuggingFaceModelConfig(
-        model_type=model_type,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        ffn_size=values.positive("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=values.positive("num_key_value_heads", default=num_heads),
-        head_dim=values.positive("head_dim", default=hidden_size // num_heads),
-        vocab_size=values.positive("vocab_size"),
-        max_positions=values.positive("max_position_embeddings"),
-        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-        rope_theta=rope.theta,
-        rope_llama3_factor=rope.llama3_factor,
-        rope_linear_factor=rope.linear_factor,
-        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=family.qkv_bias or bool(values.get("attention_bias", False)),
-        attention_output_bias=not family.qkv_bias and bool(values.get("attention_bias", False)),
-        mlp_bias=bool(values.get("mlp_bias", False)),
-        qk_norm=family.qk_norm,
-        sliding_window=window,
-        sliding_layers=sliding_layers,
-        experts=None if family.read_experts is None else family.read_experts(values, num_layers),
-    )
+    return values, family
 
 
 def _read_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -158,40 +146,33 @@ def _config_file(directory: str | Path) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class _Rope:
-    theta: float
-    llama3_factor: float | None = None
-    linear_factor: float | None = None
-
-
-def _rope(values: ConfigValues) -> _Rope:
-    """Rotary settings: transformers 5 has them under rope_parameters, older ones under rope_theta and rope_scaling."""
+def _rotary_arguments(values: ConfigValues) -> dict[str, Any]:
+    # transformers 5 has the settings under rope_parameters, older versions under rope_theta and rope_scaling.
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
     settings = ConfigValues(values.path, given)
-    theta = float(settings.get("rope_theta", values.get("rope_theta", 10000.0)))
     ConfigValues(values.path, {**values.raw, **given}).refuse_unless("partial_rotary_factor", 1.0, default=1.0)
     kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind == "default":
-        return _Rope(theta)
-    if kind == "linear":
-        return _Rope(theta, linear_factor=float(settings.get("factor", 1.0)))
-    if kind != "llama3":
+    if kind not in ("default", "linear", "llama3"):
         raise UnsupportedModelError(
             f"{values.path}: rotary scaling '{kind}' is not supported; supported: default, linear, llama3."
         )
-    for key, built_in in MEGATRON_LLAMA3_ROPE.items():
+    for key, built_in in MEGATRON_LLAMA3_ROPE.items() if kind == "llama3" else ():
         found = settings.get(key)
         if found != built_in:
             raise UnsupportedModelError(
                 f"{values.path}: rotary scaling 'llama3' with {key}={found} is not supported: "
                 f"Megatron-Core has {built_in} built in."
             )
-    return _Rope(theta, llama3_factor=float(settings.get("factor", 8.0)))
+    return {
+        "rotary_base": float(settings.get("rope_theta", values.get("rope_theta", 10000.0))),
+        "rope_scaling": kind == "llama3",
+        "rope_scaling_factor": float(settings.get("factor", 8.0)) if kind == "llama3" else 1.0,
+        "seq_len_interpolation_factor": float(settings.get("factor", 1.0)) if kind == "linear" else None,
+    }
 
 
-def _sliding(values: ConfigValues, family: _Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """The window, and which layers have it: said by layer_types, or from max_window_layers on."""
+def _sliding(values: ConfigValues, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Return the window, and which layers have it: those that layer_types names, or all from max_window_layers on."""
     window = values.raw.get("sliding_window")
     nowhere = (False,) * num_layers
     if not family.can_slide or window is None or not values.get("use_sliding_window", False):

@@ -1,59 +1,41 @@
-"""Which Hugging Face tensors make up each Megatron parameter, in one table.
+"""The table of a model's tensors: which Hugging Face tensors make up each Megatron parameter.
 
-Sizes are named: ``query`` and ``key_value`` are heads times head_dim, the others speak for themselves. Every parameter
-that tensor parallelism splits takes the same contiguous share of each of its sources, and weaves the shares together.
+`megascore.weights.huggingface.dims` says what their dimensions mean. Every parameter that tensor parallelism splits
+takes the same contiguous share of each of its sources, and weaves the shares together.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-import torch
+from megascore.weights.huggingface.dims import Dim
 
-from megascore.weights.huggingface.config import HuggingFaceModelConfig
-from megascore.weights.huggingface.expert_config import HuggingFaceExperts
-
-__all__ = [
-    "RULES",
-    "Found",
-    "Rule",
-    "Source",
-    "all_sources",
-    "find_rule",
-    "has_fused_experts",
-    "is_known_extra",
-    "sizes_of",
-    "sources_of",
-    "weave",
-]
+__all__ = ["EMBEDDING", "FUSED_DOWN", "HEAD", "LAYER", "RULES", "Rule", "Source"]
 
 LAYER = "decoder.layers.{layer}."
 HF_LAYER = "model.layers.{layer}."
-LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.")
-# Megatron's two ways to have experts: a list of MLPs, and Transformer Engine's grouped layers.
-EXPERT_PARAMETER = re.compile(
-    r"mlp\.experts\.(?:local_experts\.(?P<number>\d+)\.(?P<linear>linear_fc[12])\.weight"
-    r"|(?P<grouped_linear>linear_fc[12])\.weight(?P<grouped_number>\d+))$"
-)
-FUSED_GATE_UP, FUSED_DOWN = HF_LAYER + "mlp.experts.gate_up_proj", HF_LAYER + "mlp.experts.down_proj"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the checkpoint: its name, ``{layer}`` being the global layer number, and its named sizes."""
+    """One tensor of the checkpoint, or a part of one."""
 
     name: str
-    shape: tuple[str, ...]
+    """Name in the checkpoint. In `RULES` it still has ``{layer}``, ``{expert}`` and fields of `ExpertNames` to fill."""
+    dims: tuple[Dim, ...]
+    """Meaning of each dimension of the whole tensor."""
     parts: tuple[tuple[int, int], ...] = ()
-    """Where only a part of the tensor is meant: of each leading dimension, which of how many equal parts."""
+    """Part that is meant: of each leading dimension, which of how many equal parts. Empty for the whole tensor."""
+    layer: int | None = None
+    """Number of its layer in the whole model; None outside of layers."""
+    expert: int | None = None
+    """Number of its expert in the whole layer; None where it is of no single expert."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one kind of Megatron parameter is made."""
+    """One kind of Megatron parameter, and how it is made."""
 
     parameters: tuple[str, ...]
     """Its name in Megatron, and under Transformer Engine where that differs; ``{layer}`` is the layer."""
@@ -69,42 +51,37 @@ class Rule:
     """Whether only layers with experts, or only those without, have it; None for all."""
     per_expert: bool = False
     """Whether each expert has one, split by expert tensor parallelism."""
-
-
-class Found(NamedTuple):
-    """What a parameter's name tells."""
-
-    rule: Rule
-    layer: int | None
-    """Number of its layer on this rank; None outside of layers."""
-    expert: int | None = None
-    """Number of its expert on this rank; None outside of experts."""
+    fused_sources: tuple[Source, ...] = ()
+    """Its sources where all experts of a layer are in one tensor; their first part, which expert, is left to fill."""
 
 
 def _layer_rule(
     names: str | tuple[str, ...],
-    sources: dict[str, tuple[str, ...]],
+    sources: Mapping[str, tuple[Dim, ...]],
     split_dim: int | None,
     *,
     per_kv_head: bool = False,
     only_if: str | None = None,
     of_experts: bool | None = None,
     per_expert: bool = False,
+    fused_sources: tuple[Source, ...] = (),
 ) -> Rule:
-    given = (names,) if isinstance(names, str) else names
     return Rule(
-        tuple(LAYER + name for name in given),
-        tuple(Source(HF_LAYER + name, shape) for name, shape in sources.items()),
+        tuple(LAYER + name for name in ((names,) if isinstance(names, str) else names)),
+        tuple(Source(HF_LAYER + name, dims) for name, dims in sources.items()),
         split_dim,
         per_kv_head,
         only_if,
         of_experts,
         per_expert,
+        fused_sources,
     )
 
 
 EMBEDDING = Source("model.embed_tokens.weight", ("vocab", "hidden"))
 HEAD = Source("lm_head.weight", ("vocab", "hidden"))
+FUSED_GATE_UP = Source(HF_LAYER + "mlp.experts.gate_up_proj", ("experts", "expert_ffn_twice", "hidden"))
+FUSED_DOWN = Source(HF_LAYER + "mlp.experts.down_proj", ("experts", "hidden", "expert_ffn"))
 
 RULES = (
     Rule(("embedding.word_embeddings.weight",), (EMBEDDING,), 0),
@@ -167,127 +144,17 @@ RULES = (
         0,
         of_experts=True,
         per_expert=True,
+        fused_sources=tuple(replace(FUSED_GATE_UP, parts=((half, 2),)) for half in (0, 1)),
     ),
-    _layer_rule("mlp.experts.linear_fc2", {"{down}": ("hidden", "expert_ffn")}, 1, of_experts=True, per_expert=True),
+    _layer_rule(
+        "mlp.experts.linear_fc2",
+        {"{down}": ("hidden", "expert_ffn")},
+        1,
+        of_experts=True,
+        per_expert=True,
+        fused_sources=(FUSED_DOWN,),
+    ),
     Rule(("decoder.final_layernorm.weight",), (Source("model.norm.weight", ("hidden",)),), None),
     Rule(("output_layer.weight",), (HEAD,), 0),
 )
-_RULE_OF = {name: rule for rule in RULES for name in rule.parameters}
-
-
-def find_rule(parameter: str) -> Found | None:
-    """The rule for a Megatron parameter, with the numbers in its name; None where there is no rule."""
-    match = LAYER_PARAMETER.match(parameter)
-    if match is None:
-        rule = _RULE_OF.get(parameter)
-        return None if rule is None else Found(rule, None)
-    name, expert = parameter[match.end() :], None
-    if (of_expert := EXPERT_PARAMETER.match(name)) is not None:
-        name = f"mlp.experts.{of_expert['linear'] or of_expert['grouped_linear']}"
-        expert = int(of_expert["number"] or of_expert["grouped_number"])
-    rule = _RULE_OF.get(LAYER + name)
-    return None if rule is None else Found(rule, int(match.group(1)), expert)
-
-
-def sources_of(
-    rule: Rule, config: HuggingFaceModelConfig, layer: int | None, expert: int | None = None, *, fused: bool = False
-) -> tuple[Source, ...]:
-    """The tensors of the checkpoint that make up a parameter.
-
-    Args:
-        rule: Of the parameter.
-        config: The model; says which variant it is.
-        layer: Global layer number, counted from 0; None outside of layers.
-        expert: Global number of the expert; None outside of experts.
-        fused: Whether the checkpoint has the experts of a layer in one tensor, see `has_fused_experts`.
-
-    Returns:
-        Sources with their full names; none where the parameter is zero.
-    """
-    if rule.only_if is not None and not getattr(config, rule.only_if):
-        return ()
-    if rule.sources == (HEAD,) and config.tied_embeddings:
-        return (EMBEDDING,)
-    sources: tuple[Source, ...] = rule.sources
-    if rule.of_experts:
-        assert config.experts is not None
-        if rule.per_expert and fused:
-            assert expert is not None
-            sources = _FUSED[rule.parameters]
-            which = (expert, config.experts.num_experts)
-            sources = tuple(replace(source, parts=(which, *source.parts)) for source in sources)
-        else:
-            names = _expert_names(config.experts, fused=fused)
-            sources = tuple(replace(source, name=source.name.format(layer="{layer}", **names)) for source in sources)
-    return tuple(replace(source, name=source.name.format(layer=layer, expert=expert)) for source in sources)
-
-
-def _expert_names(experts: HuggingFaceExperts, *, fused: bool) -> dict[str, str]:
-    # transformers 5 calls the router so wherever it has the experts in one tensor.
-    router = "mlp.gate.weight" if fused else experts.router
-    return {"router": router, **dict(zip(("gate", "up", "down"), experts.gate_up_down, strict=True))}
-
-
-_FUSED: dict[tuple[str, ...], tuple[Source, ...]] = {
-    (LAYER + "mlp.experts.linear_fc1",): tuple(
-        Source(FUSED_GATE_UP, ("experts", "expert_ffn_twice", "hidden"), ((half, 2),)) for half in (0, 1)
-    ),
-    (LAYER + "mlp.experts.linear_fc2",): (Source(FUSED_DOWN, ("experts", "hidden", "expert_ffn")),),
-}
-
-
-def has_fused_experts(config: HuggingFaceModelConfig, names: frozenset[str]) -> bool:
-    """Whether a checkpoint with tensors of these names has the experts of a layer in one tensor."""
-    if config.experts is None:
-        return False
-    return FUSED_GATE_UP.format(layer=config.experts.layers.index(True)) in names
-
-
-def all_sources(config: HuggingFaceModelConfig, *, fused: bool = False) -> Iterator[Source]:
-    """Every tensor that a checkpoint of this model must have; one that is used twice comes twice."""
-    for rule in RULES:
-        if not rule.parameters[0].startswith(LAYER):
-            yield from sources_of(rule, config, None)
-            continue
-        for layer in range(config.num_layers):
-            has_experts = config.experts is not None and config.experts.layers[layer]
-            if rule.of_experts not in (None, has_experts):
-                continue
-            experts = range(config.experts.num_experts) if rule.per_expert and config.experts else [None]
-            for expert in experts:
-                yield from sources_of(rule, config, layer, expert, fused=fused)
-
-
-def sizes_of(config: HuggingFaceModelConfig) -> dict[str, int]:
-    """The named sizes of a model's tensors."""
-    experts = config.experts
-    return {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "ffn": config.ffn_size,
-        "query": config.num_heads * config.head_dim,
-        "key_value": config.num_kv_heads * config.head_dim,
-        "head": config.head_dim,
-        "experts": 0 if experts is None else experts.num_experts,
-        "expert_ffn": 0 if experts is None else experts.ffn_size,
-        "expert_ffn_twice": 0 if experts is None else 2 * experts.ffn_size,
-    }
-
-
-def is_known_extra(name: str, config: HuggingFaceModelConfig) -> bool:
-    """Whether a tensor that no rule uses is one that checkpoints have for no effect."""
-    return name.endswith("rotary_emb.inv_freq") or (name == HEAD.name and config.tied_embeddings)
-
-
-def weave(shares: list[torch.Tensor], num_groups: int) -> torch.Tensor:
-    """Put the rows of several tensors together, group after group.
-
-    Args:
-        shares: Tensors that agree in all but their first dimension, which ``num_groups`` divides.
-        num_groups: Number of groups of rows in each.
-
-    Returns:
-        Rows of the first group of each tensor, then of the second group of each, and so on.
-    """
-    grouped = [share.reshape(num_groups, -1, *share.shape[1:]) for share in shares]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
+"""Rules for all parameters of all families."""

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint folder in the ``torch_dist`` format: what is in it, read safely."""
+"""One Megatron checkpoint in the ``torch_dist`` format: its tensors, its files and its fingerprint, read safely."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def find_iteration(folder: str | Path) -> Path:
 
 
 class MegatronCheckpoint:
-    """One iteration: its tensors' names and places, and what Megatron kept beside them. Opened without collectives."""
+    """One iteration: names and places of its tensors, and the values that Megatron kept beside them. Not collective."""
 
     def __init__(self, folder: str | Path) -> None:
         """Read the index, no weights.
@@ -66,13 +66,13 @@ class MegatronCheckpoint:
 
     @property
     def name(self) -> str:
-        """What the checkpoint is called: its folder's name, but not that of an iteration."""
+        """Name of the checkpoint: that of its folder, or of the one above where the folder is an iteration."""
         folder = self.folder.resolve()
         return folder.parent.name if folder.name.startswith("iter_") else folder.name
 
     @cached_property
     def prefix(self) -> str:
-        """What comes before Megatron's names of its tensors: nothing, or ``module.`` as NeMo saves them.
+        """Text before Megatron's names of its tensors: none, or ``module.`` as NeMo saves them.
 
         Raises:
             ModelError: the checkpoint holds no language model.
@@ -100,7 +100,7 @@ class MegatronCheckpoint:
 
     @cached_property
     def naming(self) -> dict[str, bool]:
-        """Which of its ways to name tensors Megatron used, as its ``sharded_state_dict`` is told."""
+        """Metadata for Megatron's ``sharded_state_dict``: the ways in which this checkpoint names its tensors."""
         numbered = re.compile(r"decoder\.layers\.\d+\.")
         singletons = re.compile(r"experts\.experts\.\d+\.|linear_fc1\.(weight|bias)_w$")
         return {
@@ -123,7 +123,7 @@ class MegatronCheckpoint:
 
     @cached_property
     def common(self) -> CommonState:
-        """What Megatron keeps unsharded, such as its ``args``.
+        """Values that Megatron keeps unsharded, such as its ``args``.
 
         Raises:
             ModelError: it is missing or cannot be read safely.

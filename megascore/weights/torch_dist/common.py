@@ -1,6 +1,6 @@
-"""What Megatron keeps beside the tensors of a checkpoint, such as its ``args``, read without running its pickle.
+"""The unsharded values of a checkpoint, such as Megatron's ``args``, read without running their pickle.
 
-Up to Megatron-Core 0.18 it is a file of its own, ``common.pt``; from 0.19 on an entry among the weights.
+Up to Megatron-Core 0.18 they are a file of their own, ``common.pt``; from 0.19 on an entry among the weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_common(folder: Path, index: CheckpointIndex) -> CommonState:
         ModelError: it is in neither place, or cannot be read so.
     """
     path, place = folder / FILE, index.objects.get(ENTRY)
-    # As Megatron does: a file that is there is the one to read.
+    # Megatron, too, reads the file where there is one.
     if path.is_file():
         where, values = str(path), _read(path, str(path))
     elif place is not None:

@@ -1,4 +1,4 @@
-"""The index of a distributed checkpoint: which part of which tensor lies where, read without running its pickle."""
+"""The index of a distributed checkpoint: the place of each part of each tensor, read without running its pickle."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Tensors of a checkpoint and where their parts lie; and where the objects lie that are no tensors."""
+    """Tensors of a checkpoint with the places of their parts, and the places of objects that are no tensors."""
 
     tensors: Mapping[str, TensorStorageMetadata]
     places: Mapping[MetadataIndex, _StorageInfo]
-    """By name and offset of a part: file and bytes. Only of tensors."""
+    """File and bytes of each part of a tensor, by its name and offset."""
     objects: Mapping[str, _StorageInfo]
-    """Files and bytes of what is no tensor, by name; each is what ``torch.save`` wrote."""
+    """File and bytes of each object that is no tensor, by its name; each was written by ``torch.save``."""
     _boxes: dict[str, tuple[Tensor, Tensor, list[StoredPart]]] = field(default_factory=dict)
 
     def boxes_of(self, name: str) -> tuple[Tensor, Tensor, list[StoredPart]]:

@@ -1,4 +1,4 @@
-"""Stand-ins for the classes that a user's pickle names: what is read never runs code that a file asks for."""
+"""Stand-ins for the classes that a pickle names, so that reading it runs no code that the file asks for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["InertRecord", "inert_class"]
 
 
 class InertRecord:
-    """What a pickled object was made of; its class is known by name only."""
+    """The arguments and the state of a pickled object; its class is known by name only."""
 
     pickled_name = ""
     """Module and name of the class that the file names."""
@@ -19,7 +19,7 @@ class InertRecord:
         self.state: Any = None
 
     def __new__(cls, *_args: Any) -> InertRecord:
-        """Take what any class takes; unpickling does not always call ``__init__`` after it."""
+        """Take any arguments; unpickling does not always call ``__init__`` afterwards."""
         record = super().__new__(cls)
         record.args = ()
         record.state = None

@@ -1,11 +1,13 @@
-"""Boxes of tensors out of the files of a checkpoint, where only the bytes of the box are read."""
+"""Boxes of tensors, read from the files of a checkpoint without the bytes around them."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from io import BufferedReader
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +28,13 @@ def overlaps(
     """Find the stored parts that a box of a tensor has something of.
 
     Args:
-        index: Of the checkpoint.
-        name: Of the tensor.
-        offsets: Of the box in the whole tensor.
-        sizes: Of the box.
+        index: Index of the checkpoint.
+        name: Name of the tensor.
+        offsets: First entry of the box along each dimension of the whole tensor.
+        sizes: Sizes of the box.
 
     Yields:
-        A stored part, where in it the common values are, and where in the box.
+        A stored part, the place of the common values in it, and their place in the box.
     """
     begins, ends, parts = index.boxes_of(name)
     first = torch.maximum(begins, torch.tensor(offsets, dtype=torch.int64))
@@ -67,7 +69,7 @@ def fill_from_part(target: Tensor, folder: Path, name: str, part: StoredPart, wh
 
 
 @torch.no_grad()
-def _fill(target: Tensor, file: BinaryIO, place: Any, sizes: torch.Size, where: tuple[slice, ...]) -> int:
+def _fill(target: Tensor, file: BufferedReader, place: Any, sizes: torch.Size, where: tuple[slice, ...]) -> int:
     # Each part is a file of torch.save of its own; on the meta device its values are not read.
     stored = _load(file, place, "meta")
     if stored.shape != sizes:
@@ -88,7 +90,7 @@ def _fill(target: Tensor, file: BinaryIO, place: Any, sizes: torch.Size, where: 
     return wanted.nbytes
 
 
-def _load(file: BinaryIO, place: Any, device: str) -> Tensor:
+def _load(file: BufferedReader, place: Any, device: str) -> Tensor:
     tensor = torch.load(
         _create_file_view(file, place.offset, place.length),  # type: ignore[arg-type]
         map_location=device,
@@ -109,22 +111,21 @@ def _num_dims_together(view: Tensor) -> int:
     return together
 
 
-def _read_runs(file: BinaryIO, begin: int, view: Tensor, num_outer: int, values: Tensor) -> None:
+def _read_runs(file: BufferedReader, begin: int, view: Tensor, num_outer: int, values: Tensor) -> None:
     """Read what a view of a stored tensor shows, one run of its last dimensions after the other.
 
     Args:
-        file: With the tensor's storage.
-        begin: Of the storage, in bytes.
-        view: Without values: says where they lie.
-        num_outer: Dimensions before those that lie together.
-        values: [shape of ``view``] contiguous, of its type.
+        file: Holds the tensor's storage.
+        begin: First byte of the storage.
+        view: The wanted values on the meta device: their places in the storage.
+        num_outer: Number of dimensions before those that lie together.
+        values: Filled; contiguous, with the shape and type of ``view``.
     """
-    # Not reshaped: a dimension of one may have any stride, which a view in bytes takes exception to.
-    flat = values.detach().as_strided((values.numel(),), (1,))
-    memory: Any = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    # The tensor's own memory, without numpy; `values` outlives it.
+    memory = memoryview((ctypes.c_ubyte * values.nbytes).from_address(values.data_ptr()))
     run = view.shape[num_outer:].numel() * view.itemsize
     for number, place in enumerate(product(*map(range, view.shape[:num_outer]))):
         first = view.storage_offset() + sum(index * step for index, step in zip(place, view.stride(), strict=False))
         file.seek(begin + int(first) * view.itemsize)
-        if file.readinto(memory[number * run : (number + 1) * run]) != run:  # type: ignore[attr-defined]
+        if file.readinto(memory[number * run : (number + 1) * run]) != run:
             raise EOFError("the file ends before the tensor does")

@@ -1,4 +1,7 @@
-"""The run_config.yaml that Megatron-Bridge keeps beside its checkpoints, in the words of Megatron-LM's command line."""
+"""The run_config.yaml that Megatron-Bridge keeps beside its checkpoints, in the words of Megatron-LM's command line.
+
+This module alone of its room needs yaml.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ RENAMED = {
 
 
 def args_of_run_config(path: Path) -> Mapping[str, Any]:
-    """Return what Megatron-LM's command line would say of the model.
+    """Return the arguments of Megatron-LM's command line that describe the same model.
 
     Raises:
         ModelError: unreadable, or a model with parts of its own.
@@ -66,7 +69,7 @@ def args_of_run_config(path: Path) -> Mapping[str, Any]:
 
 
 def _target(value: Any) -> str:
-    """The class or function that is named; empty where none is."""
+    """Return the name of a class or function; empty where there is none."""
     return str(value.get("_target_", "")) if isinstance(value, dict) else ""
 
 

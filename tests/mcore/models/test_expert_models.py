@@ -82,7 +82,7 @@ def test_each_rank_reads_only_its_experts(world: WorkerPool, expected: Expected)
 
 def test_layers_with_experts_are_those_that_transformers_has_them_in(expected: Expected) -> None:
     def layers(name: str) -> str:
-        experts = read_config(expected.directories[name]).experts
+        experts = read_config(expected.directories[name]).architecture.experts
         assert experts is not None
         return "".join(str(int(has_experts)) for has_experts in experts.layers)
 

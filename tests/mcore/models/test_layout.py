@@ -9,30 +9,17 @@ import pytest
 from megascore.config import ParallelConfig
 from megascore.errors import LayoutError
 from megascore.mcore.models.layout import check_divisible, check_sequence_length, exchanges_tokens, layers_of_chunks
-from megascore.weights.architecture import Experts
-from megascore.weights.huggingface.config import HuggingFaceModelConfig
+from megascore.weights.architecture import Architecture, Experts
 
-SMOLLM2 = HuggingFaceModelConfig(
+SMOLLM2 = Architecture(
     model_type="llama",
     num_layers=30,
     hidden_size=576,
-    ffn_size=1536,
     num_heads=9,
     num_kv_heads=3,
-    head_dim=64,
+    ffn_size=1536,
     vocab_size=49152,
     max_positions=8192,
-    norm_eps=1e-5,
-    rope_theta=1e5,
-    rope_llama3_factor=None,
-    rope_linear_factor=None,
-    tied_embeddings=True,
-    qkv_bias=False,
-    attention_output_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    sliding_window=None,
-    sliding_layers=(False,) * 30,
 )
 
 
@@ -58,7 +45,7 @@ def test_a_layout_that_fits_passes() -> None:
 
 def test_experts_are_split_by_the_axes_of_experts() -> None:
     experts = Experts(num_experts=6, ffn_size=9, layers=(True,) * 30)
-    model = replace(SMOLLM2, ffn_size=1537, experts=experts)  # type: ignore[arg-type]
+    model = replace(SMOLLM2, ffn_size=1537, experts=experts)
     check_divisible(model, ParallelConfig(tensor=3, expert=2, expert_tensor=3))
     with pytest.raises(LayoutError, match=r"expert=4 does not divide the model's 6 experts; .* would do: 1, 2, 3, 6"):
         check_divisible(model, ParallelConfig(expert=4))

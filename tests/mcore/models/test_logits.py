@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megascore.config import ModelConfig, ParallelConfig
 from megascore.errors import ConfigError, LayoutError, ModelError
-from megascore.mcore.models.build import build_model, load_model
+from megascore.mcore.models.build import load_model
+from megascore.mcore.models.gpt import build_gpt
 from megascore.mcore.pipeline.schedule import forward_only
 from megascore.mcore.world.parallel_world import parallel_world
 from megascore.weights.huggingface.config import read_config
@@ -122,15 +123,15 @@ def test_without_loss_the_output_layer_does_not_run(world: WorkerPool, expected:
 
 
 def bad_models(directories: dict[str, Path]) -> None:
-    config = read_config(directories["llama"])
+    model = read_config(directories["llama"]).architecture
     with parallel_world(ParallelConfig(), CPU, TIMEOUT):
         with pytest.raises(ModelError, match=r"sequence_length=129 is more than the model's 128 positions"):
-            build_model(config, ParallelConfig(), torch.float32, CPU, 129)
-        sliding = replace(config, sliding_window=8)
+            build_gpt(model, ParallelConfig(), torch.float32, CPU, 129)
+        sliding = replace(model, sliding_window=8)
         with pytest.raises(LayoutError, match=r"parallel\.context=2 with sequences of 16, longer than .* window of 8"):
-            build_model(sliding, ParallelConfig(context=2), torch.float32, CPU, 16)
+            build_gpt(sliding, ParallelConfig(context=2), torch.float32, CPU, 16)
         with pytest.raises(LayoutError, match=r"parallel\.tensor=4 does not divide the model's 2 KV heads"):
-            build_model(config, ParallelConfig(tensor=4), torch.float32, CPU, 16)
+            build_gpt(model, ParallelConfig(tensor=4), torch.float32, CPU, 16)
         with pytest.raises(ConfigError, match=r"model\.hf is not given"):
             load_model(ModelConfig(), ParallelConfig(), CPU, 16)
 

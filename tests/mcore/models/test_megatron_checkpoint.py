@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megascore.config import ModelConfig, ParallelConfig
 from megascore.mcore.models.build import load_model
-from megascore.mcore.models.source import model_source
+from megascore.mcore.models.choose import model_source
 from megascore.mcore.world.parallel_world import parallel_world
 from megascore.weights.torch_dist.checkpoint import MegatronCheckpoint
 from tests.mcore.logits import run
@@ -118,11 +118,11 @@ def test_fingerprints_tell_checkpoints_apart(root: Path) -> None:
 
 def read_share(folder: Path, parallel: ParallelConfig) -> tuple[int, int]:
     """Bytes that a rank reads, and bytes of its parameters."""
-    from megascore.mcore.models.load_torch_dist import load_checkpoint
+    from megascore.mcore.models.load_torch_dist import TorchDistWeights
 
     with parallel_world(parallel, CPU, TIMEOUT):
         chunks = model_source(ModelConfig(load=str(folder))).build(parallel, torch.float32, CPU, 16)
-        num_bytes = load_checkpoint(chunks, MegatronCheckpoint(folder))
+        num_bytes = TorchDistWeights(MegatronCheckpoint(folder)).load(chunks)
         return num_bytes, sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
 
 

@@ -12,7 +12,7 @@ import yaml
 from megascore.config import ModelConfig
 from megascore.errors import ModelError
 from megascore.mcore.models.checkpoint_args import architecture_from_args
-from megascore.mcore.models.source import model_source
+from megascore.mcore.models.choose import model_source
 from megascore.weights.torch_dist.checkpoint import MegatronCheckpoint
 from megascore.weights.torch_dist.run_config import RENAMED
 from tests.mcore.models.test_megatron_checkpoint_errors import load

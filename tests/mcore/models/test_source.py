@@ -16,11 +16,10 @@ from torch import Tensor
 from megascore.config import ModelConfig, ParallelConfig
 from megascore.errors import ConfigError, DataError, LayoutError, ModelError
 from megascore.mcore.models.build import load_model
+from megascore.mcore.models.choose import model_source
 from megascore.mcore.models.gpt import build_gpt
-from megascore.mcore.models.load_huggingface import load_weights
-from megascore.mcore.models.source import model_source
+from megascore.mcore.models.load_huggingface import HuggingFaceWeights
 from megascore.mcore.world.parallel_world import parallel_world
-from megascore.weights.huggingface.architecture import architecture_of
 from megascore.weights.huggingface.config import read_config
 from tests.mcore import providers
 from tests.mcore.logits import run
@@ -202,7 +201,7 @@ class FakeProvider:
             sequence=settings["sequence_parallel"],
             pipeline=settings["pipeline_model_parallel_size"],
         )
-        return build_gpt(architecture_of(read_config(self._known)), parallel, settings["params_dtype"], CPU, 16)
+        return build_gpt(read_config(self._known).architecture, parallel, settings["params_dtype"], CPU, 16)
 
 
 class FakeAutoBridge:
@@ -221,7 +220,7 @@ class FakeAutoBridge:
         return FakeProvider(self.known)
 
     def load_hf_weights(self, model: list[Any]) -> None:
-        load_weights(model, read_config(self.known), self.known)
+        HuggingFaceWeights(read_config(self.known), self.known).load(model)
 
 
 def install_bridge(patch: pytest.MonkeyPatch, checkpoint: Path) -> None:

@@ -66,14 +66,14 @@ def score_and_measure(
     finish: Callable[[ScoringRun], object] = ScoringRun.finish,
 ) -> dict[str, Traffic]:
     """Traffic of a plain forward pass, and of forward pass, step and finish of a scoring run."""
-    from megascore.mcore.models.build import build_model
+    from megascore.mcore.models.gpt import build_gpt
     from megascore.mcore.pipeline.schedule import forward_only
     from megascore.mcore.world.parallel_world import parallel_world
     from megascore.weights.huggingface.config import read_config
 
     tokens = torch.zeros(1, SEQUENCE_LENGTH, dtype=torch.int64)
     with parallel_world(parallel, CPU, timedelta(seconds=60)):
-        chunks = build_model(read_config(checkpoint), parallel, torch.float32, CPU, SEQUENCE_LENGTH)
+        chunks = build_gpt(read_config(checkpoint).architecture, parallel, torch.float32, CPU, SEQUENCE_LENGTH)
         for parameter in chunks[0].parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         traffic = {"plain forward": measure(lambda: forward_only(chunks, [tokens], compute_loss=False))}

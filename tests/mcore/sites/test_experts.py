@@ -12,11 +12,13 @@ from torch import Tensor
 
 from megascore.config import ParallelConfig
 from megascore.errors import ModelError
-from megascore.mcore.sites.experts import PADDING, ExpertPlace, build_expert_hook
-from megascore.mcore.world.groups import ExpertGroups
+from megascore.mcore.sites.experts import PADDING, padding_of_experts
 from megascore.parallel.axes import Placement
 from megascore.scores.score_file import UNSEEN_VALUE, Scores
-from megascore.sites.places import PlaceKind
+from megascore.sites.places import Place
+from megascore.sites.requests import ScoreRequest
+from megascore.sites.site import hook_at
+from megascore.sites.targets import PlaceKind
 from tests.mcore.expert_model import NUM_EXPERTS, SIZES, UNREACHABLE, Variant
 from tests.mcore.order import assert_same_order
 from tests.pool import WorkerPool
@@ -171,12 +173,18 @@ def make_tokens() -> Tensor:
 
 @pytest.mark.parametrize("option", PADDING)
 def test_padding_among_an_experts_tokens_is_refused(option: str) -> None:
-    placement, name = Placement.whole(NUM_EXPERTS), "decoder.layers.1.mlp.experts"
-    place = ExpertPlace(
-        PlaceKind.ROUTED_EXPERTS, name, torch.nn.Identity(), name, placement, lambda *_: None, ExpertGroups({})
-    )
     config = SimpleNamespace(fp8=None, fp4=None)
-    build_expert_hook(place, config)
+    assert padding_of_experts(config) is None
     setattr(config, option, "e4m3" if option.startswith("fp") else True)
+    name = "decoder.layers.1.mlp.experts"
+    place = Place(
+        PlaceKind.ROUTED_EXPERTS,
+        name,
+        torch.nn.Identity(),
+        name,
+        Placement.whole(NUM_EXPERTS),
+        lambda *_: None,
+        obstacle=padding_of_experts(config),
+    )
     with pytest.raises(ModelError, match=f"{name}: with {option} set"):
-        build_expert_hook(place, config)
+        hook_at(place, ScoreRequest("experts", "router_weighted_norm"))

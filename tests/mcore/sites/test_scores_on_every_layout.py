@@ -101,15 +101,42 @@ def compute_expected(checkpoint: str, sizes: dict[str, int]) -> dict[str, Tensor
         }
 
 
+def compute_expected_inputs(checkpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the inputs [T, C] and the weights of the unsharded model's projections, float64, by module."""
+    from megascore.mcore.models.build import load_model
+    from megascore.mcore.pipeline.schedule import forward_only
+    from megascore.mcore.world.parallel_world import parallel_world
+
+    device = torch.device("cpu")
+    with parallel_world(ParallelConfig(), device, timedelta(seconds=60)):
+        chunks = load_model(ModelConfig(hf=checkpoint, dtype="float64"), ParallelConfig(), device, SEQUENCE_LENGTH)
+        recorder = Recorder(chunks[0])
+        forward_only(chunks, [sample[None] for sample in make_tokens()], compute_loss=False)
+        inputs = {name: torch.cat([x.flatten(0, -2) for x in calls]) for name, calls in recorder.inputs.items()}
+        return inputs, recorder.weights
+
+
 def score_in_all_dtypes(checkpoint: str, parallel: ParallelConfig) -> dict[str, dict[str, Tensor]]:
     from megascore.mcore.world.parallel_world import parallel_world
 
     device = torch.device("cpu")
     with parallel_world(parallel, device, timedelta(seconds=60)):
-        return {dtype: _score(checkpoint, parallel, dtype, device) for dtype in TOLERANCE}
+        scores = all_scores(NUM_STEPS)
+        return {dtype: _score(checkpoint, parallel, dtype, device, scores) for dtype in TOLERANCE}
 
 
-def _score(checkpoint: str, parallel: ParallelConfig, dtype: str, device: torch.device) -> dict[str, Tensor]:
+def score(checkpoint: str, parallel: ParallelConfig, dtype: str, scores: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return some scores of a model, on one rank of the layout's world."""
+    from megascore.mcore.world.parallel_world import parallel_world
+
+    device = torch.device("cpu")
+    with parallel_world(parallel, device, timedelta(seconds=60)):
+        return _score(checkpoint, parallel, dtype, device, scores)
+
+
+def _score(
+    checkpoint: str, parallel: ParallelConfig, dtype: str, device: torch.device, scores: list[dict[str, Any]]
+) -> dict[str, Tensor]:
     from megatron.core import parallel_state
 
     import megascore
@@ -125,7 +152,7 @@ def _score(checkpoint: str, parallel: ParallelConfig, dtype: str, device: torch.
     # Interleaved schedules need a micro-batch for each stage, also in the short last step.
     micro_batch_size = 1 if parallel.virtual_pipeline > 1 else MICRO_BATCH_SIZE
     chunks = load_model(ModelConfig(hf=checkpoint, dtype=dtype), parallel, device, SEQUENCE_LENGTH)
-    with megascore.attach(chunks, scores=all_scores(NUM_STEPS)) as run:
+    with megascore.attach(chunks, scores=scores) as run:
         for step in range(NUM_STEPS):
             slices = micro_batches_of_step(step, NUM_SAMPLES, GLOBAL_BATCH_SIZE, micro_batch_size, **data)
             forward_only(chunks, [tokens[part] for part in slices], compute_loss=False)

@@ -1,56 +1,35 @@
-"""What a config.json says of routed experts."""
+"""Routed experts as each family's config.json describes them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 from megascore.errors import ModelError
+from megascore.weights.architecture import Experts
 from megascore.weights.huggingface.config_values import ConfigValues, UnsupportedModelError
 
-__all__ = ["HuggingFaceExperts", "read_mixtral_experts", "read_qwen3_experts"]
+__all__ = ["read_mixtral_experts", "read_qwen3_experts"]
 
 
-@dataclass(frozen=True)
-class HuggingFaceExperts:
-    """Routed experts of a model."""
-
-    num_experts: int
-    top_k: int
-    """Experts that a token goes to."""
-    ffn_size: int
-    """Channels inside each expert."""
-    normalized: bool
-    """Whether the weights of a token's experts sum to one, rather than those of all experts."""
-    layers: tuple[bool, ...]
-    """Which layers have experts; the others have a dense MLP."""
-    gate_up_down: tuple[str, str, str]
-    """The three projections as checkpoints name them, expert by expert; ``{expert}`` is the expert."""
-    router: str
-    """The router's weight as checkpoints with such names call it."""
-
-
-def read_mixtral_experts(values: ConfigValues, num_layers: int) -> HuggingFaceExperts:
+def read_mixtral_experts(values: ConfigValues, num_layers: int) -> tuple[Experts, dict[str, Any]]:
     """Read the experts of a Mixtral: in every layer, in place of the dense MLP.
+
+    Returns:
+        The experts, and the arguments of Megatron's ``TransformerConfig`` that say how tokens choose among them.
 
     Raises:
         ModelError: a number is missing or wrong.
     """
     num_experts, top_k = _numbers(values, num_experts_default=8, top_k_default=2)
-    expert = "block_sparse_moe.experts.{expert}."
-    experts = HuggingFaceExperts(
-        num_experts,
-        top_k,
-        ffn_size=values.positive("intermediate_size"),
-        normalized=True,
-        layers=(True,) * num_layers,
-        gate_up_down=(f"{expert}w1.weight", f"{expert}w3.weight", f"{expert}w2.weight"),
-        router="block_sparse_moe.gate.weight",
-    )
-    return _check_one_expert(values, experts)
+    experts = Experts(num_experts, values.positive("intermediate_size"), (True,) * num_layers)
+    return experts, _router(values, top_k, normalized=True)
 
 
-def read_qwen3_experts(values: ConfigValues, num_layers: int) -> HuggingFaceExperts:
+def read_qwen3_experts(values: ConfigValues, num_layers: int) -> tuple[Experts, dict[str, Any]]:
     """Read the experts of a Qwen3-MoE: every so many layers, but for those that are named as dense.
+
+    Returns:
+        As `read_mixtral_experts`.
 
     Raises:
         ModelError: a number is missing or wrong, no layer has experts, or attention has biases, which Megatron-Core
@@ -65,17 +44,8 @@ def read_qwen3_experts(values: ConfigValues, num_layers: int) -> HuggingFaceExpe
             "expected one at least."
         )
     num_experts, top_k = _numbers(values, num_experts_default=128, top_k_default=8)
-    expert = "mlp.experts.{expert}."
-    experts = HuggingFaceExperts(
-        num_experts,
-        top_k,
-        ffn_size=values.positive("moe_intermediate_size"),
-        normalized=bool(values.get("norm_topk_prob", False)),
-        layers=layers,
-        gate_up_down=(f"{expert}gate_proj.weight", f"{expert}up_proj.weight", f"{expert}down_proj.weight"),
-        router="mlp.gate.weight",
-    )
-    return _check_one_expert(values, experts)
+    experts = Experts(num_experts, values.positive("moe_intermediate_size"), layers)
+    return experts, _router(values, top_k, normalized=bool(values.get("norm_topk_prob", False)))
 
 
 def _numbers(values: ConfigValues, *, num_experts_default: int, top_k_default: int) -> tuple[int, int]:
@@ -88,10 +58,12 @@ def _numbers(values: ConfigValues, *, num_experts_default: int, top_k_default: i
     return num_experts, top_k
 
 
-def _check_one_expert(values: ConfigValues, experts: HuggingFaceExperts) -> HuggingFaceExperts:
-    if experts.top_k == 1 and experts.normalized:
+def _router(values: ConfigValues, top_k: int, *, normalized: bool) -> dict[str, Any]:
+    """Return Megatron's arguments; ``normalized`` says that the weights of a token's experts sum to one."""
+    if top_k == 1 and normalized:
         raise UnsupportedModelError(
             f"{values.path}: num_experts_per_tok=1 with weights that sum to one is not supported: Megatron-Core takes "
             "a single expert by its softmax over all."
         )
-    return experts
+    # A softmax over the chosen experts alone equals one over all that is then made to sum to one.
+    return {"moe_router_topk": top_k, "moe_router_pre_softmax": not normalized}

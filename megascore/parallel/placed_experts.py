@@ -1,4 +1,4 @@
-"""The hooks of routed experts in any parallel layout; `put` says where they are."""
+"""Routed experts whose outputs are spread over ranks as partial sums."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megascore.hooks import RoutedL2NormHook, RouterWeightedNormHook
+from megascore.hooks import RouterWeightedNormHook
 from megascore.parallel.axes import Placement
 from megascore.parallel.placed import PlacedHook
 
-__all__ = ["MegatronRoutedL2NormHook", "MegatronRouterWeightedNormHook"]
+__all__ = ["PlacedRouterWeightedNormHook"]
 
 
-class MegatronRoutedL2NormHook(PlacedHook, RoutedL2NormHook):
-    """`RoutedL2NormHook` at the input of one routed expert's output projection."""
-
-
-class MegatronRouterWeightedNormHook(PlacedHook, RouterWeightedNormHook):
+class PlacedRouterWeightedNormHook(PlacedHook, RouterWeightedNormHook):
     """`RouterWeightedNormHook` at the routed experts of a layer.
 
     Under expert tensor parallelism an expert's output is a sum over the ranks of that axis, which Megatron adds up

@@ -1,0 +1,141 @@
+"""A Hugging Face checkpoint: a model's config and its tensors, checked against each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megascore.errors import ModelError
+from megascore.weights.huggingface.config import HuggingFaceModelConfig
+from megascore.weights.huggingface.dims import sizes_of
+from megascore.weights.huggingface.folder import WeightsFolder
+from megascore.weights.huggingface.sources import all_tensors, as_stored, is_known_extra
+from megascore.weights.huggingface.tensors import Source
+
+__all__ = ["HuggingFaceCheckpoint", "PartReader"]
+
+logger = logging.getLogger(__name__)
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class PartReader(Protocol):
+    """Reads parts of a checkpoint's tensors."""
+
+    def __call__(self, source: Source, dim: int | None, part: int, num_parts: int) -> Tensor:
+        """Return one of equal parts of a source along a dimension; all of it where ``dim`` is None.
+
+        Args:
+            source: What is meant; where it is one expert of many in a tensor, ``dim`` is a dimension of that expert.
+            dim: Dimension to cut; ``num_parts`` divides it.
+            part: Number of the part.
+            num_parts: Number of parts.
+
+        Returns:
+            A vector or a matrix.
+        """
+
+
+class HuggingFaceCheckpoint:
+    """The weights of one model. Files are looked at when something is asked of them first, and then known."""
+
+    def __init__(self, config: HuggingFaceModelConfig, directory: str | Path) -> None:
+        """Open nothing yet.
+
+        Args:
+            config: The model, as `read_config` returns it.
+            directory: Folder with its safetensors files.
+        """
+        self._config = config
+        self._directory = directory
+
+    @cached_property
+    def folder(self) -> WeightsFolder:
+        """The files.
+
+        Raises:
+            ModelError: there are none, or one is missing or damaged.
+        """
+        return WeightsFolder(self._directory)
+
+    @cached_property
+    def config(self) -> HuggingFaceModelConfig:
+        """The model as these files store it.
+
+        Raises:
+            ModelError: as `folder`.
+        """
+        return as_stored(self._config, self.folder.tensors)
+
+    def check(self) -> None:
+        """Check that all tensors of the model are there, from the headers alone; warn of tensors that it has not.
+
+        Raises:
+            ModelError: a tensor is missing, or has another shape or type than the config says, or as `folder`.
+        """
+        needed, sizes = all_tensors(self.config), sizes_of(self.config)
+        for source in needed.values():
+            self._check_tensor(source.name, [sizes[dim] for dim in source.dims])
+        extra = sorted(
+            name for name in self.folder.tensors if name not in needed and not is_known_extra(name, self.config)
+        )
+        if extra:
+            logger.warning("%s: %d tensors are not used, such as %s", self._directory, len(extra), ", ".join(extra[:5]))
+
+    def fingerprint(self) -> str:
+        """Return what tells these weights from others, see `WeightsFolder`."""
+        return self.folder.fingerprint()
+
+    @contextmanager
+    def reading(self) -> Iterator[PartReader]:
+        """Yield a function that reads parts of sources; files are open inside. Only after `check`.
+
+        Raises:
+            ModelError: a file has gone or changed since then.
+        """
+        with self.folder.reading() as read:
+
+            def read_part(source: Source, dim: int | None, part: int, num_parts: int) -> Tensor:
+                shape = self.folder.tensors[source.name].shape
+                share = read(source.name, _ranges(shape, source, dim, part, num_parts))
+                return share.flatten(0, -2) if share.dim() > 2 else share
+
+            yield read_part
+
+    def _check_tensor(self, name: str, shape: list[int]) -> None:
+        stored = self.folder.tensors.get(name)
+        if stored is None:
+            raise ModelError(
+                f"checkpoint {self._directory} has no tensor '{name}' of shape {shape}, which its config.json "
+                "calls for: the checkpoint is incomplete, or of another model."
+            )
+        if list(stored.shape) != shape:
+            raise ModelError(
+                f"tensor '{name}' in {stored.path} has shape {list(stored.shape)}, expected {shape} "
+                "by the sizes in config.json."
+            )
+        if stored.dtype not in FLOAT_DTYPES:
+            raise ModelError(
+                f"tensor '{name}' in {stored.path} has type {stored.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: "
+                "quantized checkpoints are not supported."
+            )
+
+
+def _ranges(shape: tuple[int, ...], source: Source, dim: int | None, part: int, num_parts: int) -> tuple[slice, ...]:
+    """Return where in a tensor of this shape the part of a source lies."""
+    ranges = [slice(0, size) for size in shape]
+    parts = list(enumerate(source.parts))
+    if dim is not None:
+        # The leading dimension of experts in one tensor is no dimension of one expert.
+        parts.append((dim + 1 if source.parts else dim, (part, num_parts)))
+    for position, (number, total) in parts:
+        size = (ranges[position].stop - ranges[position].start) // total
+        start = ranges[position].start + number * size
+        ranges[position] = slice(start, start + size)
+    return tuple(ranges)

@@ -1,0 +1,77 @@
+"""The families of models that can be loaded; README.md beside this room tells how to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from megascore.weights.architecture import Experts
+from megascore.weights.huggingface.config_values import ConfigValues
+from megascore.weights.huggingface.experts import read_mixtral_experts, read_qwen3_experts
+
+__all__ = ["FAMILIES", "ExpertNames", "Family"]
+
+
+class ExpertNames(NamedTuple):
+    """Names, inside of a layer, of the tensors of its experts; ``{expert}`` is the number of the expert."""
+
+    router: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything about one ``model_type`` that its config.json leaves out because transformers takes it for granted."""
+
+    qkv_bias: bool = False
+    """Whether q, k and v have biases whatever ``attention_bias`` says."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys go through a norm."""
+    can_slide: bool = False
+    """Whether its attention can have a sliding window."""
+    slides_everywhere: bool = False
+    """Whether a window holds in all layers, whatever ``max_window_layers`` says."""
+    read_experts: Callable[[ConfigValues, int], tuple[Experts, dict[str, Any]]] | None = None
+    """Reads the routed experts of a config with so many layers; None for a dense family."""
+    expert_names: ExpertNames | None = None
+    """Names of the experts' tensors; None for a dense family."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values of keys that its config.json may lack, where they differ from those of `read_config`."""
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(
+        can_slide=True, slides_everywhere=True, defaults={"sliding_window": 4096, "use_sliding_window": True}
+    ),
+    "mixtral": Family(
+        can_slide=True,
+        slides_everywhere=True,
+        read_experts=read_mixtral_experts,
+        expert_names=ExpertNames(
+            "block_sparse_moe.gate.weight",
+            "block_sparse_moe.experts.{expert}.w1.weight",
+            "block_sparse_moe.experts.{expert}.w3.weight",
+            "block_sparse_moe.experts.{expert}.w2.weight",
+        ),
+        defaults={"use_sliding_window": True, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    ),
+    "qwen2": Family(qkv_bias=True, can_slide=True),
+    "qwen3": Family(qk_norm=True, can_slide=True, defaults={"head_dim": 128}),
+    "qwen3_moe": Family(
+        qk_norm=True,
+        can_slide=True,
+        slides_everywhere=True,
+        read_experts=read_qwen3_experts,
+        expert_names=ExpertNames(
+            "mlp.gate.weight",
+            "mlp.experts.{expert}.gate_proj.weight",
+            "mlp.experts.{expert}.up_proj.weight",
+            "mlp.experts.{expert}.down_proj.weight",
+        ),
+    ),
+}
+"""Families by the ``model_type`` of their config.json."""
