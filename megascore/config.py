@@ -1,4 +1,4 @@
-"""What a scoring job is told: typed sections, read from YAML and ``key=value`` overrides.
+"""Config of a scoring job: typed sections, read from YAML and ``key=value`` overrides.
 
 Unknown keys, wrong types and contradictions are refused here, before anything is loaded.
 """

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megascore.blockwise.block_views import PartView, find_blocks, places_by_block
 from megascore.blockwise.cached_feed import CachedFeed
 from megascore.blockwise.feeds import BlockFeed, FreshFeed
+from megascore.blockwise.find_blocks import find_blocks
 from megascore.blockwise.moving_weights import MovingWeights
+from megascore.blockwise.parts import ModelParts
 from megascore.capture.block_inputs import device_of, run_model
 from megascore.capture.halt_after import HaltAfter
 from megascore.capture.nested import nested_leaves, nested_move_to
@@ -23,11 +25,11 @@ from megascore.capture.stores import HostStore, TensorStore
 from megascore.capture.surroundings import measuring
 from megascore.errors import ConfigError, DataError
 from megascore.parallel.comm import agree, gather_objects
-from megascore.runs.results import Results, run_metadata
+from megascore.runs.results import Results, conclude
 from megascore.runs.scoring_run import ScoringRun
-from megascore.scores.assemble import assemble_scores
+from megascore.runs.steps import run_steps
 from megascore.scores.score_file import Scores
-from megascore.sites.places import ModelView, Place
+from megascore.sites.places import ModelView
 from megascore.sites.requests import ScoreRequest
 from megascore.sites.site import check_places, present_requests
 
@@ -91,13 +93,11 @@ def score_blocks(
     feed = feed_class(model, own_blocks, len(batches), forward, weights, store)
     try:
         with measuring(model):
-            results = _Blockwise(view, own_blocks, num_passes, masks, feed, weights).run()
+            results = _Blockwise(ModelParts(view, own_blocks, requests), num_passes, masks, feed, weights).run()
     finally:
         feed.close()
-    results.require_data()
-    own = {**run_metadata(view, len(batches), options.metadata), **_counts(results, num_passes)}
-    own["blockwise"] = {"cache_block_outputs": options.cache_block_outputs, "num_blocks": len(own_blocks)}
-    return assemble_scores(requests, results.states, results.scores, own)
+    blockwise = {"cache_block_outputs": options.cache_block_outputs, "num_blocks": len(own_blocks)}
+    return conclude(results, view, requests, len(batches), options.metadata, blockwise)
 
 
 class _Blockwise:
@@ -105,116 +105,102 @@ class _Blockwise:
 
     def __init__(
         self,
-        view: ModelView,
-        blocks: Sequence[nn.Module],
+        parts: ModelParts,
         num_passes: Mapping[ScoreRequest, int],
         masks: Sequence[Tensor | None],
         feed: BlockFeed,
         weights: MovingWeights,
     ) -> None:
-        self._view = view
-        self._blocks = blocks
+        self._parts = parts
         self._num_passes = num_passes
         self._masks = masks
         self._feed = feed
         self._weights = weights
-        inside, outside = places_by_block(view.places, blocks)
-        self._inside = [self._wanted(places) for places in inside]
-        self._outside = self._wanted(outside)
+        self._num_blocks = len(parts.modules) - 1
 
     def run(self) -> Results:
         """Score every block, then the rest of the model. Collective over the world."""
         results = Results()
-        self._weights.check([*self._blocks, *(place.module for place in self._outside)])
+        self._weights.check(module for modules in self._parts.modules for module in modules)
         for number in range(self._last_needed() + 1):
-            if self._inside[number] or self._feed.needs_every_block:
+            if self._parts.requests[number] or self._feed.needs_every_block:
                 results.update(self._score_block(number))
-                logger.info("block %d of %d is done", number + 1, len(self._blocks))
-        if self._outside:
+                logger.info("block %d of %d is done", number + 1, self._num_blocks)
+        if self._parts.requests[-1]:
             results.update(self._score_outside())
-        return Results(dict(sorted(results.states.items())), results.scores)
-
-    def _score_block(self, number: int) -> Results:
-        block, places = self._blocks[number], self._inside[number]
-        self._feed.prepare(number)
-        with self._weights.present(block), self._scoring((block,), places) as runs:
-            total = max(runs, default=1)
-            for pass_number in range(1, total + 1):
-                for index, mask in enumerate(self._masks):
-                    _set_mask(runs, mask)
-                    call = self._feed.call(number, index)
-                    output = block(*call.args, **call.kwargs)
-                    # Before that its inputs are still needed.
-                    if pass_number == total:
-                        self._feed.keep(number, index, output)
-                    del call, output
-                    _step(runs, pass_number)
-                _close_done(runs, pass_number)
-            return _results_of(runs)
-
-    def _score_outside(self) -> Results:
-        """Run the model around its blocks, up to the last module to score: what follows need not be computed."""
-        modules = list({id(place.module): place.module for place in self._outside}.values())
-        with (
-            self._feed.whole_passes() as forward,
-            self._weights.present(*modules),
-            self._scoring(modules, self._outside) as runs,
-            HaltAfter(modules) as until,
-        ):
-            for pass_number in range(1, max(runs) + 1):
-                for index, mask in enumerate(self._masks):
-                    _set_mask(runs, mask)
-                    until.run(forward, index)
-                    _step(runs, pass_number)
-                _close_done(runs, pass_number)
-            return _results_of(runs)
-
-    @contextmanager
-    def _scoring(self, modules: Sequence[nn.Module], places: Sequence[Place]) -> Iterator[dict[int, ScoringRun]]:
-        """Put hooks on places: one run for all scores that need the same number of passes over the batches."""
-        kinds = {place.kind for place in places}
-        requests: dict[int, list[ScoreRequest]] = {}
-        for request, num_passes in self._num_passes.items():
-            if request.kind in kinds:
-                requests.setdefault(num_passes, []).append(request)
-        view = PartView(self._view, modules, places)
-        with ExitStack() as stack:
-            yield {n: stack.enter_context(ScoringRun(view, requests[n])) for n in sorted(requests)}
-
-    def _wanted(self, places: Sequence[Place]) -> tuple[Place, ...]:
-        kinds = {request.kind for request in self._num_passes}
-        return tuple(place for place in places if place.kind in kinds)
+        return results
 
     def _last_needed(self) -> int:
         """Return the last block that must run: all of them where something behind them is scored."""
-        if self._outside and self._feed.needs_every_block:
-            return len(self._blocks) - 1
-        return max((number for number, places in enumerate(self._inside) if places), default=-1)
+        *inside, outside = self._parts.requests
+        if outside and self._feed.needs_every_block:
+            return self._num_blocks - 1
+        return max((number for number, requests in enumerate(inside) if requests), default=-1)
 
+    def _score_block(self, number: int) -> Results:
+        (block,) = self._parts.modules[number]
+        self._feed.prepare(number)
 
-def _set_mask(runs: Mapping[int, ScoringRun], mask: Tensor | None) -> None:
-    for run in runs.values():
-        run.token_mask = mask
+        def run_block(index: int, is_last_pass: bool) -> None:
+            call = self._feed.call(number, index)
+            output = block(*call.args, **call.kwargs)
+            # In the passes before, its inputs are still needed.
+            if is_last_pass:
+                self._feed.keep(number, index, output)
 
+        with self._weights.present(block), self._scoring(number) as runs:
+            return self._go_over_batches(runs, run_block)
 
-def _step(runs: Mapping[int, ScoringRun], pass_number: int) -> None:
-    """End a step of every run that this pass is for."""
-    for num_passes, run in runs.items():
-        if pass_number <= num_passes:
-            run.step()
+    def _score_outside(self) -> Results:
+        """Run the model around its blocks, up to the last module to score: what follows need not be computed."""
+        modules = self._parts.modules[-1]
+        with (
+            self._feed.whole_passes() as forward,
+            self._weights.present(*modules),
+            self._scoring(self._num_blocks) as runs,
+            HaltAfter(modules) as until,
+        ):
+            return self._go_over_batches(runs, lambda index, _: until.run(forward, index))
 
+    @contextmanager
+    def _scoring(self, number: int) -> Iterator[dict[int, ScoringRun]]:
+        """Put hooks on a part: one run for all scores that need the same number of passes over the batches."""
+        by_passes: dict[int, list[ScoreRequest]] = {}
+        for request in self._parts.requests[number]:
+            by_passes.setdefault(self._num_passes[request], []).append(request)
+        runs: dict[int, ScoringRun] = {}
+        with ExitStack() as stack:
+            for num_passes in sorted(by_passes):
+                run = self._parts.scoring(number, by_passes[num_passes])
+                assert run is not None
+                runs[num_passes] = stack.enter_context(run)
+            yield runs
 
-def _close_done(runs: Mapping[int, ScoringRun], pass_number: int) -> None:
-    """Take the hooks off of scores for which this was the last pass."""
-    if pass_number in runs:
-        runs[pass_number].close()
+    def _go_over_batches(self, runs: Mapping[int, ScoringRun], work: Callable[[int, bool], object]) -> Results:
+        """Go over all batches as often as the scores need it.
 
+        Args:
+            runs: By the number of passes that their scores need; none where a block only runs for those after it.
+            work: Runs one batch, given its number and whether this is the last pass.
+        """
+        num_passes = max(runs, default=1)
+        for number in range(1, num_passes + 1):
+            open_runs = [run for needed, run in runs.items() if number <= needed]
+            run_batch = partial(self._run_batch, work, open_runs, number == num_passes)
+            run_steps(range(len(self._masks)), run_batch, open_runs)
+            if number in runs:
+                runs[number].close()
+        results = Results()
+        for needed, run in runs.items():
+            results.update(run.results(), needed)
+        return results
 
-def _results_of(runs: Mapping[int, ScoringRun]) -> Results:
-    results = Results()
-    for run in runs.values():
-        results.update(run.results())
-    return results
+    def _run_batch(
+        self, work: Callable[[int, bool], object], runs: Sequence[ScoringRun], is_last_pass: bool, index: int
+    ) -> None:
+        for run in runs:
+            run.token_mask = self._masks[index]
+        work(index, is_last_pass)
 
 
 def _num_passes(requests: Sequence[ScoreRequest], batches: Sequence[Any]) -> dict[ScoreRequest, int]:
@@ -265,16 +251,3 @@ def _check_same_everywhere(num_batches: int) -> None:
         raise DataError(
             f"ranks have {numbers} batches: give each rank equally many, as all go from step to step together."
         )
-
-
-def _counts(results: Results, num_passes: Mapping[ScoreRequest, int]) -> dict[str, int]:
-    """Return tokens and samples of the data, each counted once; nothing where no score saw them twice."""
-    if max(num_passes.values()) == 1:
-        return {}
-    passes = {f"{request.target}/{request.method}": number for request, number in num_passes.items()}
-    counts: dict[str, int] = {}
-    for key, state in results.states.items():
-        for name in ("num_tokens", "num_samples"):
-            if name in state:
-                counts[name] = max(counts.get(name, 0), int(state[name]) // passes[key.split("/", 1)[1]])
-    return counts

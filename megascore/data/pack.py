@@ -43,7 +43,7 @@ def pack_stream(stream: Stream, length: int, num_samples: int | None, seed: int)
     order = _order(num_available, seed)[:num_samples]
     # Indexing copies what is taken, and only that, out of a file in memory.
     tokens = _tensor(windows[order.numpy()], stream.name)
-    return Samples(tokens, fingerprint(tokens, None), stream.name, num_available, num_dropped)
+    return Samples(tokens, fingerprint(tokens, None), stream.name)
 
 
 def pack_documents(documents: Documents, length: int, num_samples: int | None, seed: int) -> Samples:
@@ -65,13 +65,11 @@ def pack_documents(documents: Documents, length: int, num_samples: int | None, s
         num_tokens += len(parts[-1])
         num_read += 1
     num_here, num_dropped = divmod(num_tokens, length)
-    is_whole = num_read == len(documents)
     _check_enough(documents.name, f"{num_read} documents, {num_tokens} tokens", num_here, length, num_samples)
     if num_dropped:
         logger.info("%s: the last %d of %d tokens do not fill a sample", documents.name, num_dropped, num_tokens)
     tokens = _tensor(np.concatenate(parts)[: num_here * length].reshape(num_here, length), documents.name)
-    available = num_here if is_whole and num_samples is None else None
-    return Samples(tokens, fingerprint(tokens, None), documents.name, available, num_dropped)
+    return Samples(tokens, fingerprint(tokens, None), documents.name)
 
 
 def pad_documents(documents: Documents, length: int, num_samples: int | None, seed: int) -> Samples:
@@ -100,8 +98,7 @@ def pad_documents(documents: Documents, length: int, num_samples: int | None, se
     for number, ids in enumerate(rows):
         tokens[number, : len(ids)] = _tensor(ids, documents.name)
         masks[number, : len(ids)] = True
-    available = len(rows) if num_read == len(documents) else None
-    return Samples(tokens, fingerprint(tokens, masks), documents.name, available, num_dropped, masks)
+    return Samples(tokens, fingerprint(tokens, masks), documents.name, masks)
 
 
 def _order(number: int, seed: int) -> Tensor:

@@ -21,10 +21,6 @@ class Samples:
     """SHA-256 over the shape and the token ids in order, and over the masks where there are some."""
     source: str
     """What they come from, as it was given: "text words.txt"."""
-    num_available_samples: int | None
-    """Whole samples in the data, used or not; None where not all of it was read."""
-    num_dropped_tokens: int
-    """Tokens of what was read that found no place: at the end of packed data, or behind a truncated document."""
     masks: Tensor | None = None
     """[num_samples, sequence_length] bool, False for padding; None: nothing is padded."""
 

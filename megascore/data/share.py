@@ -23,8 +23,20 @@ class Share:
     """Which samples of each step a data-parallel rank runs."""
 
     global_batch_size: int
+    """Samples of a step, over all ranks."""
     data_rank: int = 0
     data_size: int = 1
+    micro_batch_size: int = 1
+    """Samples of one forward pass."""
+
+    def samples(self, step: int) -> slice:
+        """Return the samples of a step, over all ranks; the last step may have fewer."""
+        return slice(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+
+    def micro_batches(self, step: int, num_samples: int) -> list[slice]:
+        """Return this rank's micro-batches of a step, as slices of the ``num_samples`` samples of the run."""
+        sizes = self.global_batch_size, self.micro_batch_size
+        return micro_batches_of_step(step, num_samples, *sizes, self.data_rank, self.data_size)
 
     def rows(self, num_samples: int) -> Tensor:
         """Return the numbers of this rank's samples, ascending int64."""

@@ -187,6 +187,13 @@ class ForwardHook(ABC):
         if self._state["num_calls"].device != torch.device(device):
             self._state = {name: value.to(device) for name, value in self._state.items()}
 
+    def kept(self) -> tuple[Tensor, ...]:
+        """Return all tensors that live as long as this hook, on this rank, but for what waits (see `pending`).
+
+        A subclass that keeps more than its statistics adds it here, so that a dry run counts it.
+        """
+        return tuple(self._state.values())
+
     def merged_state(self) -> dict[str, Tensor]:
         """Return a copy of the statistics over all data, in global terms; empty before allocation.
 

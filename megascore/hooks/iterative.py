@@ -131,6 +131,10 @@ class IterativeChannelContributionHook(
             "total_channels": self._total_channels(),
         }
 
+    def kept(self) -> tuple[Tensor, ...]:
+        """Return the statistics, and the indices of the channels that are left and of those that are pruned."""
+        return (*super().kept(), self._kept_index, self._pruned_index)
+
     @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call: the whole of an iteration unless `defers` is set.

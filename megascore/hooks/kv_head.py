@@ -95,6 +95,10 @@ class IndependentKvHeadContributionHook(
         """Return the sum of norms, and the norms of the heads' weights; a channel is a KV head."""
         return (*super().declare(num_channels), Statistic("sum_of_norms", (num_channels,), channel_dim=0))
 
+    def kept(self) -> tuple[Tensor, ...]:
+        """Return the statistics, and what is made of the weights."""
+        return (*super().kept(), self._factors)
+
     @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``inputs`` is [..., num_kv_heads * width], the projection's input. Not collective."""

@@ -48,6 +48,10 @@ class WeightHook(ForwardHook):
         """Return the statistic of the weights; subclasses add their own."""
         return (Statistic("weight_norm", (num_channels,), merge=Merge.REPLICATED, channel_dim=0),)
 
+    def kept(self) -> tuple[Tensor, ...]:
+        """Return the statistics, and the norms of the weights as they are here."""
+        return (*super().kept(), self._weight_norm)
+
     def allocate(self, num_channels: int, device: torch.device | str) -> None:
         """Allocate as every hook does; the norms of the weights are there from the start."""
         fresh = not self._state

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megascore.blockwise.moving_weights import MovingWeights
+from megascore.blockwise.parts import ModelParts
 from megascore.errors import CheckpointError
 from megascore.hooks.statistics import State, Statistic, differences
-from megascore.job.parts import ModelParts
 from megascore.mcore.models.empty_layers import filled
 from megascore.mcore.pipeline.layers import LayerOrder
 from megascore.parallel.comm import agree
@@ -96,9 +96,9 @@ def _runs_of(
     for number in range(min(done.num_blocks, order.num_layers)):
         with ExitStack() as stack:
             agree(f"making room for layer {number}", partial(_fill, order.own_layer(number), device, stack))
-            yield parts.scoring_layer(number)
+            yield parts.scoring(number)
     if done.num_blocks > order.num_layers:
-        yield parts.scoring_outside()
+        yield parts.scoring(order.num_layers)
 
 
 def _fill(layer: nn.Module | None, device: torch.device, stack: ExitStack) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from rich.console import Console
 
 from megascore.job.planned import DryRun, OneLayer, RankPlan
+from megascore.scores.charts import format_ranges
 from megascore.sites.inventory import grouped
 
 __all__ = ["format_bytes", "render_dry_run"]
@@ -132,6 +132,5 @@ def _one_layer(dry_run: DryRun) -> Iterator[str]:
 
 
 def _spans(ranks: Sequence[int]) -> str:
-    """Return numbers as spans: 0-2,5."""
-    runs = [[rank for _, rank in group] for _, group in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    """Return sorted numbers as spans without spaces: 0-2,5."""
+    return format_ranges(ranks).replace(" ", "")

@@ -5,37 +5,45 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
+from megascore.capture.stores import HostStore, SpoolStore, TensorStore
 from megascore.config import JobConfig
 from megascore.files.whole import write_whole
 from megascore.job.dry_run import dry_run
 from megascore.job.dry_run_report import render_dry_run
-from megascore.job.inputs import JobInputs, check_job, check_output, finished_scores, read_inputs
-from megascore.job.layer_by_layer import run_blockwise
-from megascore.job.steps import progress_facts, run_steps
+from megascore.job.full_pass import run_full_pass
+from megascore.job.inputs import check_job, read_inputs
+from megascore.job.layer_by_layer import run_layer_by_layer
+from megascore.job.resolved import ModelForm, Output
+from megascore.job.watch import Watch
 from megascore.mcore.compat import without_deprecation_log
 from megascore.mcore.models.source import ModelSource
-from megascore.mcore.sites.view import MegatronModelView
 from megascore.mcore.world.parallel_world import local_device, parallel_world
 from megascore.parallel.comm import agree, world_rank
 from megascore.process.signals import Signals
 from megascore.resume.checkpointing import Checkpointer
 from megascore.resume.plan import CheckpointPlan
-from megascore.runs.scoring_run import ScoringRun
+from megascore.runs.steps import OnStep
 from megascore.scores.report import render_scores
 from megascore.scores.score_file import Scores
-from megascore.sites.requests import check_num_steps, resolve_scores
+from megascore.sites.requests import check_num_steps
 
 __all__ = ["run_job"]
 
 
-def run_job(config: JobConfig, console: Console, *, write: Callable[..., None] = write_whole) -> Scores | None:
+def run_job(
+    config: JobConfig,
+    console: Console,
+    *,
+    on_step: OnStep | None = None,
+    write: Callable[..., None] = write_whole,
+) -> Scores | None:
     """Run a scoring job and write its score file.
 
     Collective over the world that torchrun started; a world of one without torchrun, where a dry run pretends others.
@@ -45,6 +53,7 @@ def run_job(config: JobConfig, console: Console, *, write: Callable[..., None] =
     Args:
         config: What to do.
         console: Where rank 0 shows progress and result.
+        on_step: Is called on every rank between two steps, before anything is saved; what it raises ends the job.
         write: Writes a file of ``run.checkpoint_dir``, with the arguments of `write_whole`.
 
     Returns:
@@ -62,64 +71,62 @@ def run_job(config: JobConfig, console: Console, *, write: Callable[..., None] =
             render_dry_run(planned, console)
         return None
     timeout = timedelta(minutes=config.run.timeout_minutes)
-    device = local_device(config.run.device)
-    folder = config.run.checkpoint_dir
-    signals = Signals()
+    form = ModelForm.of(config, local_device(config.run.device))
+    plan, signals = _checkpoint_plan(config), Signals()
     # Signals are noted from the beginning: joining the others and reading the data take a while.
     with (
         _quiet_megatron(),
-        nullcontext() if folder is None else signals,
-        parallel_world(config.parallel, device, timeout),
+        nullcontext() if plan is None else signals,
+        parallel_world(config.parallel, form.device, timeout),
     ):
         source = agree("checking the job", lambda: check_job(config))
-        if folder is None:
-            return _run(config, source, device, console, None)
-        with Checkpointer(_checkpoint_plan(config, folder), console, signals, write=write) as checkpoints:
-            return _run(config, source, device, console, checkpoints)
+        saving = nullcontext() if plan is None else Checkpointer(plan, console, signals, write=write)
+        with saving as checkpoints:
+            return _run(config, source, form, console, checkpoints, on_step)
 
 
 def _run(
-    config: JobConfig, source: ModelSource, device: torch.device, console: Console, checkpoints: Checkpointer | None
-) -> Scores | None:
-    requests = resolve_scores(config.scores)
-    inputs = read_inputs(config, source, requests)
+    config: JobConfig,
+    source: ModelSource,
+    form: ModelForm,
+    console: Console,
+    checkpoints: Checkpointer | None,
+    on_step: OnStep | None,
+) -> Scores:
+    output, inputs = Output(config.run.output, config.run.overwrite), read_inputs(config, source, form)
+    facts = {"output": output.path, "layout": asdict(config.parallel)}
     snapshot = None
     if checkpoints is not None:
-        finished = finished_scores(config, inputs.identity)
+        finished = None if config.run.resume == "never" else output.scores_of(inputs.identity)
         if finished is not None:
             if world_rank() == 0:
-                console.print(f"{config.run.output} holds the finished scores of this run: nothing to do.")
+                console.print(f"{output.path} holds the finished scores of this run: nothing to do.")
             checkpoints.finish()
             return finished
-        agree("checking the output", lambda: check_output(config))
+        agree("checking the output", output.check)
         snapshot = checkpoints.find(inputs.identity)
         if snapshot is None:
-            # From here on a watcher sees the run. One that goes on says so when its checkpoint has been found to fit.
-            checkpoints.begin(inputs.total_steps, None, progress_facts(config))
+            # From here on `megascore status` sees the run. One that goes on appears there when its checkpoint fits.
+            checkpoints.begin(inputs.total_steps, None, facts)
         checkpoints.stop_if_asked()
+    agree("checking the scores", lambda: check_num_steps(inputs.requests, inputs.total_steps))
+    watch = Watch(console, checkpoints, snapshot, facts, on_step)
     if config.run.blockwise:
-        scores = run_blockwise(config, inputs, requests, device, console, checkpoints, snapshot)
-        return _write(config, scores, console, checkpoints)
-    chunks = agree("loading the model", lambda: _load_model(config, inputs, device))
-    agree("checking the scores", lambda: check_num_steps(requests, inputs.total_steps))
-    with ScoringRun(MegatronModelView(chunks), requests, inputs.metadata(config)) as run:
-        if snapshot is not None:
-            run.restore(snapshot.states, snapshot.step)
-        if checkpoints is not None:
-            checkpoints.stop_if_asked()
-            checkpoints.begin(inputs.total_steps, snapshot, progress_facts(config))
-        loss = run_steps(config, run, chunks, inputs.samples, inputs.total_steps, console, checkpoints, snapshot)
-    return _write(config, run.finish({"loss": loss}), console, checkpoints)
-
-
-def _write(config: JobConfig, scores: Scores, console: Console, checkpoints: Checkpointer | None) -> Scores:
-    agree("writing the score file", lambda: scores.save(config.run.output, overwrite=config.run.overwrite))
+        make_store = partial(_make_store, config.run.spool_dir, config.run.spool_memory_gb)
+        scores = run_layer_by_layer(inputs, watch, make_store)
+    else:
+        scores = run_full_pass(inputs, watch)
+    output.write(scores)
     if checkpoints is not None:
         checkpoints.finish()
     if world_rank() == 0:
         console.print(render_scores(scores))
-        console.print(f"Scores written to {config.run.output}")
+        console.print(f"Scores written to {output.path}")
     return scores
+
+
+def _make_store(folder: str | None, memory_gb: float) -> TensorStore:
+    return HostStore() if folder is None else SpoolStore(Path(folder), int(memory_gb * 1e9))
 
 
 @contextmanager
@@ -134,17 +141,11 @@ def _quiet_megatron() -> Iterator[None]:
             yield
 
 
-def _load_model(config: JobConfig, inputs: JobInputs, device: torch.device) -> list[Any]:
-    dtype = getattr(torch, config.model.dtype)
-    chunks = inputs.source.build(config.parallel, dtype, device, config.data.sequence_length)
-    inputs.source.check_tokens(chunks, inputs.samples.largest_token)
-    inputs.source.load(chunks)
-    return chunks
-
-
-def _checkpoint_plan(config: JobConfig, folder: str) -> CheckpointPlan:
+def _checkpoint_plan(config: JobConfig) -> CheckpointPlan | None:
+    if config.run.checkpoint_dir is None:
+        return None
     return CheckpointPlan(
-        Path(folder),
+        Path(config.run.checkpoint_dir),
         interval=config.run.checkpoint_interval,
         seconds=config.run.checkpoint_seconds,
         afresh=config.run.resume == "never",

@@ -1,18 +1,19 @@
-"""What a run would measure, keep and send, known before any data is read and any weight is there."""
+"""Plan of a run: what it would measure, keep and send, known before data is read and weights are there."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from megascore.hooks import ForwardHook
+from megascore.job.resolved import ModelForm
+from megascore.mcore.pipeline.layers import layers_of
 from megascore.parallel.axes import describe
 from megascore.parallel.merge import Plan, union_of_plans
 from megascore.scores.score_file import split_key
@@ -29,6 +30,7 @@ __all__ = [
     "RankPlan",
     "SiteLine",
     "group_ranks",
+    "plan_of_one_layer",
     "plan_of_rank",
     "samples_of_rank",
     "samples_of_step",
@@ -151,10 +153,6 @@ class DryRun:
         """Sent by every rank at the end: the statistics and scores of all sites of the world, in global terms."""
         return sum({line.key: line.finish_bytes for line in self.sites}.values())
 
-    def plan_of(self, rank: int) -> RankPlan:
-        """Return the plan of one rank."""
-        return next(group.plan for group in self.groups if rank in group.ranks)
-
     def check(self, requests: Sequence[ScoreRequest]) -> None:
         """Check what only all ranks together can tell. Not collective.
 
@@ -202,6 +200,21 @@ def plan_of_rank(
     )
 
 
+def plan_of_one_layer(
+    view: ModelView, form: ModelForm, num_samples: int | None, whole_because: str | None, *, spools: bool
+) -> OneLayer:
+    """Return what a rank needs at a time where layers run one at a time; arguments as in `OneLayer`. Not collective."""
+    layers = [layer for chunk in view.modules for layer in layers_of(chunk)]
+    in_layers = _parameters(layers)
+    outside = sum(weight.nbytes for key, weight in _parameters(view.modules).items() if key not in in_layers)
+    largest = max((sum(weight.nbytes for weight in layer.parameters()) for layer in layers), default=0)
+    length = form.sequence_length // int(view.layout["context"])
+    if view.layout["sequence"]:
+        length //= int(view.layout["tensor"])
+    of_sample = length * int(view.facts["hidden_size"]) * form.dtype.itemsize
+    return OneLayer(outside + largest, of_sample, num_samples, whole_because, spools)
+
+
 def group_ranks(plans: Sequence[RankPlan]) -> tuple[RankGroup, ...]:
     """Group the plans of all ranks, given in rank order, by what is the same."""
     groups: list[tuple[RankPlan, list[int]]] = []
@@ -225,7 +238,7 @@ def _line(site: Site, num_samples: int) -> SiteLine:
         shard.total,
         describe(site.place.placement),
         shard.length,
-        kept_bytes=_kept_bytes(site.hook),
+        kept_bytes=sum({id(tensor): tensor.nbytes for tensor in site.hook.kept()}.values()),
         waiting_bytes=waiting,
         step_bytes=waiting * num_groups,
         sample_bytes=of_sample * num_groups,
@@ -233,14 +246,13 @@ def _line(site: Site, num_samples: int) -> SiteLine:
     )
 
 
-def _kept_bytes(hook: ForwardHook) -> int:
-    kept = [value for value in (*hook.state.values(), *vars(hook).values()) if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in kept}.values())
-
-
 def _weight_bytes(view: ModelView) -> dict[str, int]:
     num_bytes: dict[str, int] = defaultdict(int)
-    parameters = {id(parameter): parameter for module in view.modules for parameter in module.parameters()}
-    for parameter in parameters.values():
+    for parameter in _parameters(view.modules).values():
         num_bytes[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
     return dict(num_bytes)
+
+
+def _parameters(modules: Iterable[nn.Module]) -> dict[int, nn.Parameter]:
+    """Return the parameters of modules, those that are shared once."""
+    return {id(parameter): parameter for module in modules for parameter in module.parameters()}

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a bar on a terminal, plain lines in a log, on one rank only."""
+"""Progress of a run: a bar on a terminal, plain lines in a log, on one rank only."""
 
 from __future__ import annotations
 
@@ -107,6 +107,14 @@ class ScoringProgress:
         if not own_steps:
             return None
         return (self._clock() - self._started) / own_steps * max(self.total_steps - self.steps, 0)
+
+    def pace(self) -> dict[str, float | None]:
+        """Return `tokens_per_second` and `seconds_left` as a progress file has them, rounded."""
+        rate, left = self.tokens_per_second, self.seconds_left
+        return {
+            "tokens_per_second": None if rate is None else round(rate, 1),
+            "eta_seconds": None if left is None else round(left, 1),
+        }
 
     def _start_bar(self) -> None:
         columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("steps  {task.fields[rate]}"))

@@ -14,13 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from megascore.errors import CheckpointError, DataError, HookStateError
 from megascore.hooks.statistics import State
 from megascore.kernels.exact import is_recomputation, never_compiled
-from megascore.parallel.comm import agree, collective_device, sum_in_place, world_rank
+from megascore.parallel.comm import agree, collective_device, sum_in_place
 from megascore.parallel.merge import Part, Plan, merge_over_world
 from megascore.parallel.placed import PlacedHook
 from megascore.process.closing import Closing
 from megascore.runs.evaluation import Evaluation
-from megascore.runs.results import Results, run_metadata
-from megascore.scores.assemble import assemble_scores
+from megascore.runs.results import Results, conclude
 from megascore.scores.score_file import Scores
 from megascore.sites.places import ModelView
 from megascore.sites.requests import ScoreRequest
@@ -202,12 +201,8 @@ class ScoringRun(Closing):
             HookStateError: no tokens have been seen, or iterations of an iterative score are missing.
             RankFailure: another rank could not compute its scores.
         """
-        results = self.results()
-        results.require_data()
-        if world_rank() == 0:
-            results.warn_of_uneven_data()
-        own = run_metadata(self.view, self.num_steps, self._metadata)
-        return assemble_scores(self.requests, results.states, results.scores, {**own, **(metadata or {})})
+        own = {**self._metadata, **(metadata or {})}
+        return conclude(self.results(), self.view, self.requests, self.num_steps, own)
 
     def results(self) -> Results:
         """Merge the statistics of all ranks, and return what `finish` makes a score file of.

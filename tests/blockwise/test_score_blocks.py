@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,28 @@ def test_iterations_go_over_the_stored_inputs_of_a_block_again(cache_block_outpu
     assert found.metadata["num_tokens"] == once.metadata["num_tokens"]
     if cache_block_outputs:
         assert num_calls == [10, 9, 9, 9]
+
+
+@BOTH_MODES
+def test_a_module_that_runs_twice_in_a_pass_is_warned_of_whatever_the_number_of_passes(
+    cache_block_outputs: bool,
+) -> None:
+    model, batches = TinyDecoder(), make_batches()
+    scores = [{"target": "ffn", "method": ITERATIVE, "iterations": 6}, {"target": "attention_heads"}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The sites of the iterative score see all tokens twice, the others once.
+        megascore.score_blockwise(model, None, batches, scores, cache_block_outputs=cache_block_outputs)
+    attention = model.layers[1].self_attn
+
+    def run_again(module: nn.Module, args: Any, output: Tensor) -> None:
+        attention.o_proj(output)
+
+    attention.v_proj.register_forward_hook(run_again)
+    num_tokens = sum(batch.numel() for batch in batches)
+    told = rf"layers.1.self_attention.linear_proj has seen {2 * num_tokens} tokens, decoder.\S+ {num_tokens}:"
+    with pytest.warns(UserWarning, match=told):
+        megascore.score_blockwise(model, None, batches, scores, cache_block_outputs=cache_block_outputs)
 
 
 @BOTH_MODES

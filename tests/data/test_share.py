@@ -20,7 +20,7 @@ def make_samples(number: int, *, padded: bool, largest: int = 100) -> Samples:
     if padded:
         lengths = torch.randint(1, LENGTH + 1, (number, 1), generator=generator)
         masks = torch.arange(LENGTH) < lengths
-    return Samples(tokens, "fingerprint", "made up", number, 0, masks)
+    return Samples(tokens, "fingerprint", "made up", masks)
 
 
 def parts_of(share: Share, num_samples: int, micro_batch_size: int) -> list[slice]:

@@ -17,6 +17,7 @@ from rich.console import Console
 import megascore
 from megascore.config import load_config
 from megascore.errors import MegascoreError
+from megascore.runs.steps import Cursor, OnStep
 from tests.models import save_checkpoint, save_tokenizer
 
 __all__ = ["NUM_STEPS", "Job", "assert_same_scores", "copy_of", "make_job", "run_and_stop_on_rank", "run_on_rank"]
@@ -80,7 +81,7 @@ def copy_of(job: Job, folder: Path, model_root: Path) -> Job:
     return copy
 
 
-def run_on_rank(job: Job, overrides: Sequence[str] = (), **seams: Any) -> str:
+def run_on_rank(job: Job, overrides: Sequence[str] = (), on_step: OnStep | None = None, **seams: Any) -> str:
     """Run the job in a world of the pool; return what was shown, or the text of a user's error.
 
     The seams are those of `run_job`.
@@ -89,7 +90,7 @@ def run_on_rank(job: Job, overrides: Sequence[str] = (), **seams: Any) -> str:
 
     shown = io.StringIO()
     try:
-        run_job(load_config(job.config, overrides), Console(file=shown, width=200), **seams)
+        run_job(load_config(job.config, overrides), Console(file=shown, width=200), on_step=on_step, **seams)
     except MegascoreError as error:
         return f"{shown.getvalue()}{type(error).__name__}: {error}"
     return shown.getvalue()
@@ -98,23 +99,14 @@ def run_on_rank(job: Job, overrides: Sequence[str] = (), **seams: Any) -> str:
 def run_and_stop_on_rank(
     job: Job, step: int, overrides: Sequence[str] = (), number: int = signal.SIGTERM, rank: int = 0
 ) -> str:
-    """`run_on_rank`, with a signal to one rank in the middle of a step."""
+    """`run_on_rank`, with a signal to one rank when it has done the step of this number, counted from 0."""
     import torch.distributed as dist
 
-    from megascore.job import steps
-
-    run_step = steps._run_step
-
-    def with_signal(config: Any, current: int, *others: Any) -> None:
-        run_step(config, current, *others)
-        if current == step and dist.get_rank() == rank:
+    def send_signal(cursor: Cursor) -> None:
+        if cursor.step == step + 1 and dist.get_rank() == rank:
             os.kill(os.getpid(), number)
 
-    steps._run_step = with_signal
-    try:
-        return run_on_rank(job, overrides)
-    finally:
-        steps._run_step = run_step
+    return run_on_rank(job, overrides, send_signal)
 
 
 def assert_same_scores(scores: megascore.Scores, expected: megascore.Scores, tolerance: float) -> None:

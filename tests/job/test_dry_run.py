@@ -18,13 +18,19 @@ from torch import nn
 
 from megascore.config import DataConfig, JobConfig, ModelConfig, ParallelConfig, RunConfig
 from megascore.errors import ConfigError, DataError, LayoutError, MegascoreError, ModelError
+from megascore.hooks.base import Method
 from megascore.job.dry_run import dry_run
 from megascore.job.dry_run_report import format_bytes
 from megascore.job.job import run_job
-from megascore.job.planned import DryRun
+from megascore.job.planned import DryRun, plan_of_rank
 from megascore.mcore.models.gpt import build_gpt
 from megascore.mcore.world.parallel_world import is_alone
+from megascore.sites.plain import PlainModelView
+from megascore.sites.requests import ScoreRequest
 from megascore.weights.huggingface.config import read_config
+from tests.blockwise.tiny_decoder import TinyDecoder
+from tests.hooks.test_kept import ListHook
+from tests.job.plans import plan_of
 from tests.mcore.oracle import all_scores
 from tests.mcore.sites.test_communication import ADDITIVE, SEQUENCE_LENGTH, score_and_measure
 from tests.models import FAMILIES, SIZES, save_checkpoint
@@ -107,7 +113,7 @@ def test_a_pretended_world_reports_what_real_ranks_do(case: str, models: Path, w
     assert not real.pretended
     assert pretended.num_ranks == 4
     for rank in range(4):
-        assert pretended.plan_of(rank) == real.plan_of(rank)
+        assert plan_of(pretended, rank) == plan_of(real, rank)
     assert pretended.sites == real.sites
     assert pretended.layout == real.layout
     assert pretended.samples_of_step == real.samples_of_step
@@ -120,8 +126,8 @@ def test_what_it_says_is_sent_is_what_a_run_sends(models: Path, world: WorkerPoo
     planned = pretend(job(models / "llama", parallel, ADDITIVE))
     measured = world.run(2, score_and_measure, str(models / "llama"), parallel, ADDITIVE)[0]
     # One sample in its only step.
-    assert planned.plan_of(0).sample_bytes == measured["step"][1]
-    assert planned.plan_of(0).step_bytes == 8 * measured["step"][1]
+    assert plan_of(planned, 0).sample_bytes == measured["step"][1]
+    assert plan_of(planned, 0).step_bytes == 8 * measured["step"][1]
     assert planned.finish_bytes == measured["finish"][1]
     assert len(planned.sites) == measured["hooks"][0]
 
@@ -136,7 +142,7 @@ def test_weights_and_hooks_are_counted_by_their_types(models: Path) -> None:
     embedding = SIZES["vocab_size"] * hidden
     stages = (2 * layer + embedding, 2 * layer + hidden + embedding)
     for rank, numbers in zip((0, 1, 2, 3), (*stages[:1] * 2, *stages[1:] * 2), strict=True):
-        assert planned.plan_of(rank).weight_bytes == {"bfloat16": 2 * numbers}
+        assert plan_of(planned, rank).weight_bytes == {"bfloat16": 2 * numbers}
     float64 = 8
     line = next(
         line for line in planned.sites if line.key == "decoder.layers.3.mlp.experts.2.linear_fc2/expert_ffn/l2_norm"
@@ -146,6 +152,24 @@ def test_weights_and_hooks_are_counted_by_their_types(models: Path) -> None:
     assert line.kept_bytes == (ffn + 2) * float64
     # These, and the scores.
     assert line.finish_bytes == (ffn + 2 + ffn) * float64
+
+
+class RequestOfLists(ScoreRequest):
+    """A score whose hook keeps more than its statistics."""
+
+    @property
+    def definition(self) -> Method:
+        return replace(super().definition, hook=ListHook)
+
+
+def test_a_list_of_tensors_that_a_hook_keeps_is_counted() -> None:
+    view = PlainModelView(TinyDecoder())
+    plain, with_lists = (
+        plan_of_rank(view, [kind("ffn", "l2_norm")], 1).sites for kind in (ScoreRequest, RequestOfLists)
+    )
+    assert len(plain) == 4
+    # 5 float64 and 3 float32 numbers.
+    assert [line.kept_bytes for line in with_lists] == [line.kept_bytes + 5 * 8 + 3 * 4 for line in plain]
 
 
 def test_it_shows_every_site_and_what_is_not_ready(models: Path) -> None:
@@ -266,6 +290,15 @@ def test_what_is_unknown_is_listed(models: Path) -> None:
     ]
 
 
+def test_weights_without_a_name_stand_in_the_way_of_checkpoints(models: Path) -> None:
+    provider_for_any_device.model = models / "llama"  # type: ignore[attr-defined]
+    config = job(models / "llama", ParallelConfig(tensor=2))
+    provided = replace(config, model=ModelConfig(provider=f"{__name__}:provider_for_any_device", dtype="float32"))
+    saving = replace(provided, run=replace(config.run, checkpoint_dir="nowhere"))
+    words = "run.checkpoint_dir is given, but nothing tells which weights"
+    assert [words in "".join(pretend(planned).problems) for planned in (provided, saving)] == [False, True]
+
+
 def provider_that_looks_at_values(parallel: ParallelConfig, device: torch.device, dtype: torch.dtype) -> Any:
     chunks = provider_for_any_device(parallel, device, dtype)
     assert all(float(weight.sum()) < 1e9 for weight in chunks[0].parameters())
@@ -306,9 +339,9 @@ def test_one_layer_at_a_time_is_planned_alike_by_one_process_and_by_real_ranks(
     real, memory = world.run(4, plan_and_see_layers, config)[0]
     assert memory == 0, "layers took memory on the device"
     for rank in range(4):
-        assert pretended.plan_of(rank) == real.plan_of(rank)
+        assert plan_of(pretended, rank) == plan_of(real, rank)
         # But for what is there at a time, the plan of a full pass.
-        assert replace(real.plan_of(rank), one_layer=None) == at_once.plan_of(rank)
+        assert replace(plan_of(real, rank), one_layer=None) == plan_of(at_once, rank)
     assert pretended.sites == real.sites == at_once.sites
 
 
@@ -336,7 +369,7 @@ def plan_and_see_layers(config: JobConfig) -> tuple[DryRun | None, int]:
 def test_what_is_there_at_a_time_is_told_with_one_layer_at_a_time(models: Path) -> None:
     config = job(models / "mistral", ParallelConfig(tensor=2, sequence=True, processes=4), num_samples=20)
     config = replace(config, run=replace(config.run, blockwise=True))
-    one = pretend(config).plan_of(0).one_layer
+    one = plan_of(pretend(config), 0).one_layer
     assert one is not None
     hidden, ffn, vocabulary = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["vocab_size"]
     head_dim = FAMILIES["mistral"]["head_dim"]

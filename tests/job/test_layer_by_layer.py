@@ -11,6 +11,7 @@ import pytest
 
 from megascore.config import load_config
 from megascore.errors import ConfigError
+from megascore.runs.steps import Cursor
 from tests.job.resumable import NUM_STEPS, SAMPLES_OF_STEP, Job, assert_same_scores, make_job, run_on_rank
 from tests.models import save_checkpoint, save_tokenizer
 from tests.pool import WorkerPool
@@ -117,33 +118,23 @@ def test_experts_and_padded_documents_come_out_as_in_a_full_pass(
         assert job.scores().unseen == full.scores().unseen
 
 
-def count_weights_on_rank(job: Job, overrides: tuple[str, ...]) -> list[list[int]]:
-    """Return, for each time that a layer runs, the numbers of this rank's layers whose weights are there."""
-    from megascore.mcore.pipeline.chunk import ChunkRunner
+def see_layers_on_rank(job: Job, overrides: tuple[str, ...]) -> list[list[int]]:
+    """Return, for each step of a layer of this rank, the numbers of the layers whose weights are there."""
+    seen = []
 
-    run_layer, seen = ChunkRunner.run_layer, []
+    def look(cursor: Cursor) -> None:
+        layers = [layer for chunk in cursor.modules for layer in chunk.decoder.layers]
+        present = [layer for layer in layers if not any(weight.is_meta for weight in layer.parameters())]
+        seen.append([layer.layer_number - 1 for layer in present])
 
-    def watched(runner: Any, position: int, *others: Any) -> None:
-        present = [
-            layer.layer_number - 1
-            for layer in runner._layers
-            if not any(parameter.is_meta for parameter in layer.parameters())
-        ]
-        seen.append(present)
-        run_layer(runner, position, *others)
-
-    ChunkRunner.run_layer = watched  # type: ignore[method-assign]
-    try:
-        run_on_rank(job, (BLOCKWISE, *overrides))
-    finally:
-        ChunkRunner.run_layer = run_layer  # type: ignore[method-assign]
-    return seen
+    run_on_rank(job, (BLOCKWISE, *overrides), look)
+    return [present for present in seen if present]
 
 
 def test_only_the_layer_that_runs_has_its_weights(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:
     job = make(tmp_path / "run", model_root)
-    ranks = world.run(2, count_weights_on_rank, job, ("parallel.pipeline=2",))
-    assert ranks == [[[layer]] * NUM_SAMPLES + [[layer + 1]] * NUM_SAMPLES for layer in (0, 2)]
+    ranks = world.run(2, see_layers_on_rank, job, ("parallel.pipeline=2",))
+    assert ranks == [[[layer]] * NUM_STEPS + [[layer + 1]] * NUM_STEPS for layer in (0, 2)]
 
 
 def run_with_spool_on_rank(job: Job, overrides: tuple[str, ...]) -> tuple[str, int, int]:
@@ -210,21 +201,13 @@ def test_keys_that_do_not_go_together_are_refused(
 
 def lose_weights_on_rank(job: Job) -> str:
     """Run while the checkpoint's file is taken away after the first layer."""
-    from megascore.job.layer_by_layer import _LayerLoop
-
-    run_layer = _LayerLoop._run_layer
     file = job.folder / "model" / "model.safetensors"
 
-    def after_loss(loop: Any, layer: int, *, is_scored: bool) -> None:
-        if layer == 1:
+    def lose(cursor: Cursor) -> None:
+        if cursor.block == 1:
             file.unlink(missing_ok=True)
-        run_layer(loop, layer, is_scored=is_scored)
 
-    _LayerLoop._run_layer = after_loss  # type: ignore[method-assign]
-    try:
-        return run_on_rank(job, (BLOCKWISE, f"model.hf={job.folder / 'model'}"))
-    finally:
-        _LayerLoop._run_layer = run_layer  # type: ignore[method-assign]
+    return run_on_rank(job, (BLOCKWISE, f"model.hf={job.folder / 'model'}"), lose)
 
 
 def test_weights_that_are_gone_when_it_is_their_turn_end_all_ranks_and_lose_nothing(

@@ -16,6 +16,7 @@ import pytest
 from megascore.resume.folder import RunFolder
 from megascore.resume.progress_file import RunState, read_status
 from megascore.resume.snapshot import Snapshot
+from megascore.runs.steps import Cursor
 from tests.job.resumable import Job, assert_same_scores, copy_of, make_job, run_on_rank
 from tests.pool import WorkerPool
 from tests.ranks import RankProcesses
@@ -47,20 +48,11 @@ def stop_on_rank(job: Job, block: int, step: int, overrides: tuple[str, ...] = (
     """Run with a signal to one rank when so many blocks and steps are done."""
     import torch.distributed as dist
 
-    from megascore.job.layer_by_layer import _LayerLoop
-
-    meet = _LayerLoop._meet
-
-    def with_signal(loop: Any, current: int, *, is_last: bool = False) -> None:
-        if (loop._done.num_blocks, current) == (block, step) and dist.get_rank() == rank:
+    def send_signal(cursor: Cursor) -> None:
+        if (cursor.block, cursor.step) == (block, step) and dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        meet(loop, current, is_last=is_last)
 
-    _LayerLoop._meet = with_signal  # type: ignore[method-assign]
-    try:
-        return run_on_rank(job, (BLOCKWISE, *overrides))
-    finally:
-        _LayerLoop._meet = meet  # type: ignore[method-assign]
+    return run_on_rank(job, (BLOCKWISE, *overrides), send_signal)
 
 
 @pytest.mark.parametrize("layout", ["one process", "PP 2", "DP 2"])

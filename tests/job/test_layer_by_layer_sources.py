@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from megascore.config import DataConfig, JobConfig, ModelConfig, ParallelConfig
+from megascore.config import ModelConfig, ParallelConfig
 from megascore.errors import ModelError
 from megascore.job.layer_weights import build_for_blocks, whole_because
+from megascore.job.resolved import ModelForm
 from megascore.mcore.models.build import load_model
 from megascore.mcore.models.choose import model_source
 from megascore.mcore.world.parallel_world import parallel_world
+from megascore.runs.steps import Cursor
 from tests.job.resumable import Job, assert_same_scores, run_on_rank
 from tests.job.test_layer_by_layer import (
     BLOCKWISE,
@@ -61,11 +64,10 @@ def megatron(model_root: Path, full_pass: Job, tmp_path_factory: pytest.TempPath
 
 def run_and_watch_on_rank(job: Job, overrides: Sequence[str]) -> tuple[str, bool, int, int]:
     """Run; return what was shown, whether only one layer had weights at a time, bytes read, and bytes of the model."""
-    from megascore.job.layer_by_layer import _LayerLoop
     from megascore.mcore.models import load_torch_dist as load
 
     seen, chunks, num_read = [], [], 0
-    fill, meet = load.fill_from_part, _LayerLoop._meet
+    fill = load.fill_from_part
 
     def counted(*arguments: Any) -> int:
         nonlocal num_read
@@ -73,17 +75,16 @@ def run_and_watch_on_rank(job: Job, overrides: Sequence[str]) -> tuple[str, bool
         num_read += num_bytes
         return num_bytes
 
-    def watched(loop: Any, step: int, *, is_last: bool = False) -> None:
-        chunks[:] = loop._order.own.values()
+    def look(cursor: Cursor) -> None:
+        chunks[:] = cursor.modules
         layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
         seen.append(sum(not any(weight.is_meta for weight in layer.parameters()) for layer in layers))
-        meet(loop, step, is_last=is_last)
 
-    load.fill_from_part, _LayerLoop._meet = counted, watched  # type: ignore[method-assign]
+    load.fill_from_part = counted
     try:
-        shown = run_on_rank(job, overrides)
+        shown = run_on_rank(job, overrides, look)
     finally:
-        load.fill_from_part, _LayerLoop._meet = fill, meet  # type: ignore[method-assign]
+        load.fill_from_part = fill
     num_bytes = sum(weight.nbytes for chunk in chunks for weight in chunk.parameters())
     return shown, max(seen, default=0) == 1, num_read, num_bytes
 
@@ -135,6 +136,19 @@ def test_experts_of_a_megatron_checkpoint_are_read_layer_by_layer(
         assert job.scores().unseen == full.scores().unseen
 
 
+def job_of_function(folder: Path, model: dict[str, str], tokens: Path) -> Job:
+    """Write the config of a job whose model a function builds."""
+    folder.mkdir()
+    job = Job(folder)
+    sections = {
+        "model": {"dtype": "float32", **model},
+        "data": {"tokens": str(tokens), "sequence_length": 16},
+        "run": {"output": str(job.output), "device": "cpu", "global_batch_size": 2},
+    }
+    job.config.write_text(json.dumps(sections))
+    return job
+
+
 def run_with_provider_on_rank(job: Job, checkpoint: Path, overrides: tuple[str, ...]) -> tuple[str, bool, str]:
     """Return what was shown, whether only one layer had weights at a time, and what was warned of."""
     warned, handler = io.StringIO(), logging.StreamHandler()
@@ -161,20 +175,12 @@ def test_models_of_a_function_are_scored_layer_by_layer(
 ) -> None:
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.arange(4 * 16).reshape(4, 16) % 128)
-    model = {"provider": f"tests.mcore.providers:{function}", "dtype": "float32"}
+    model = {"provider": f"tests.mcore.providers:{function}"}
     if loads:
         model["load"] = str(saved / "ck")
     jobs = []
     for name, world_size, overrides in (("full", 1, ()), ("blockwise", 2, (BLOCKWISE,))):
-        folder = tmp_path / name
-        folder.mkdir()
-        job = Job(folder)
-        sections = {
-            "model": model,
-            "data": {"tokens": str(tokens), "sequence_length": 16},
-            "run": {"output": str(job.output), "device": "cpu", "global_batch_size": 2},
-        }
-        job.config.write_text(json.dumps(sections))
+        job = job_of_function(tmp_path / name, model, tokens)
         told = world.run(world_size, run_with_provider_on_rank, job, saved / "hf", overrides)
         assert job.output.exists(), told
         jobs.append(job)
@@ -187,14 +193,41 @@ def test_models_of_a_function_are_scored_layer_by_layer(
     assert_same_scores(jobs[1].scores(), jobs[0].scores(), 1e-6)
 
 
+def run_and_take_warnings_on_rank(job: Job, checkpoint: Path, overrides: tuple[str, ...]) -> list[str]:
+    """Run; return what was warned of uneven data."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        patch.setenv(CHECKPOINT, str(checkpoint))
+        run_on_rank(job, overrides)
+    assert job.output.exists()
+    return [text for text in (str(warning.message) for warning in told) if "has seen" in text]
+
+
+@pytest.mark.parametrize("way", ["full pass", "layer by layer"])
+def test_a_module_that_runs_twice_in_a_pass_is_warned_of_by_one_rank(
+    way: str, saved: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.arange(4 * 16).reshape(4, 16) % 128)
+    overrides = (BLOCKWISE, "parallel.pipeline=2") if way == "layer by layer" else ("parallel.pipeline=2",)
+    told = {}
+    for function in ("whole", "running_twice"):
+        job = job_of_function(tmp_path / function, {"provider": f"tests.mcore.providers:{function}"}, tokens)
+        told[function] = world.run(2, run_and_take_warnings_on_rank, job, saved / "hf", overrides)
+    assert told["whole"] == [[], []]
+    (text,), none = told["running_twice"]
+    assert text.startswith("decoder.layers.0.mlp.linear_fc2 has seen 128 tokens, decoder.")
+    assert none == []
+
+
 def test_a_function_that_moves_its_model_is_told_not_to(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHECKPOINT, str(saved / "hf"))
     model = ModelConfig(provider="tests.mcore.providers:moved", load=str(saved / "ck"), dtype="float32")
-    config = JobConfig(model=model, data=DataConfig(tokens="none.npy", sequence_length=16))
-    with parallel_world(config.parallel, CPU, TIMEOUT):
-        assert load_model(model, config.parallel, CPU, 16)
+    form = ModelForm(ParallelConfig(), torch.float32, CPU, 16)
+    with parallel_world(form.parallel, CPU, TIMEOUT):
+        assert load_model(model, form.parallel, CPU, 16)
         with pytest.raises(ModelError, match="providers:moved asks for weights of layers, or moves them, .* let the"):
-            build_for_blocks(config, model_source(model), CPU)
+            build_for_blocks(model_source(model), form)
 
 
 def test_layers_of_another_kind_are_said_to_be_there_at_once(saved: Path) -> None:

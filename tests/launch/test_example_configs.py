@@ -18,6 +18,7 @@ from megascore.data import num_steps
 from megascore.job.dry_run_report import format_bytes, render_dry_run
 from megascore.job.planned import DryRun
 from megascore.sites.requests import check_num_steps, resolve_scores
+from tests.job.plans import plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "launch" / "configs"
@@ -152,7 +153,7 @@ def test_an_example_has_the_right_shapes_at_its_real_size(name: str, plan: Plans
     for key, (local, whole) in example.channels.items():
         assert (lines[key].num_local_channels, lines[key].num_channels) == (local, whole)
     for rank in range(example.num_ranks):
-        rank_plan = planned.plan_of(rank)
+        rank_plan = plan_of(planned, rank)
         assert len(rank_plan.sites) == example.num_sites_here
         assert rank_plan.weight_bytes == {"bfloat16": 2 * example.weights_here}
 
@@ -163,7 +164,7 @@ def test_an_example_says_how_to_start_it_and_what_it_takes(name: str, plan: Plan
     path, (config, planned) = CONFIGS / f"{name}.yaml", plan(name)
     text = path.read_text()
     assert f"weights {format_bytes(2 * EXAMPLES[name].weights_here)} on each GPU" in text
-    one_layer = planned.plan_of(0).one_layer
+    one_layer = plan_of(planned, 0).one_layer
     assert (one_layer is not None) == config.run.blockwise
     if one_layer is not None:
         assert config.data.num_samples == one_layer.num_samples
@@ -176,7 +177,7 @@ def test_an_example_says_how_to_start_it_and_what_it_takes(name: str, plan: Plan
     for start in (f"megascore score launch/configs/{name}.yaml run.steps=0", f"score.sh launch/configs/{name}.yaml"):
         assert start in text
     if "sent a sample" in text:
-        assert f"{format_bytes(planned.plan_of(0).sample_bytes)} sent a sample" in text
+        assert f"{format_bytes(plan_of(planned, 0).sample_bytes)} sent a sample" in text
     changed = [line for line in text.splitlines() if "# CHANGE" in line]
     for key in ("hf", "jsonl", "field", "output", "checkpoint_dir"):
         assert any(line.strip().startswith(f"{key}:") for line in changed)
@@ -211,13 +212,13 @@ def test_the_pages_say_what_the_dry_run_of_llama_70b_says(plan: Plans) -> None:
     assert len(excerpt_lines) > 8
     assert [line for line in excerpt_lines if line != "..." and line not in lines] == []
     # 161 norms, a row of sums and a count of tokens for each.
-    assert planned.plan_of(0).sample_bytes == 161 * (8192 + 1) * 8
+    assert plan_of(planned, 0).sample_bytes == 161 * (8192 + 1) * 8
     # Beside the sums every site counts calls and tokens, and l2_norm samples.
     sums = 80 * (28672 + 8192 + 1) + 161 * 8192 + 2 * len(planned.sites) + (80 + 80 + 161)
     scores = 80 * (28672 + 64 + 1) + 161 * 8192
     assert planned.finish_bytes == (sums + scores) * 8
     table = (ROOT / "megascore/parallel/README.md").read_text().split("## What it sends")[1].split("\n## ")[0]
-    assert f"{format_bytes(planned.plan_of(0).sample_bytes)} for each sample with sequence parallelism" in table
+    assert f"{format_bytes(plan_of(planned, 0).sample_bytes)} for each sample with sequence parallelism" in table
     assert f"two all-reduces, {format_bytes(planned.finish_bytes)}, once" in table
     # The published hook gathers the inputs of both projections over the tensor-parallel ranks, in bfloat16.
     gathered = 80 * 8192 * (28672 + 8192) * 2 * 7 // 8

@@ -30,6 +30,19 @@ def whole(parallel: ParallelConfig) -> Any:
     return chunks
 
 
+def running_twice(parallel: ParallelConfig) -> Any:
+    """Return `whole`, whose first layer runs its FFN twice in each pass."""
+    chunks = whole(parallel)
+    for chunk in chunks:
+        for layer in chunk.decoder.layers[: chunk.pre_process]:
+            layer.mlp.register_forward_hook(run_again)
+    return chunks
+
+
+def run_again(module: torch.nn.Module, args: Any, output: Any) -> None:
+    module.forward(*args)
+
+
 class Wrapper(torch.nn.Module):
     """As Megatron's Float16Module and DistributedDataParallel wrap a model."""
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import megascore
 from megascore.config import ParallelConfig
+from megascore.runs.scoring_run import ScoringRun
 from tests.mcore.oracle import all_scores
 from tests.models import SIZES, save_checkpoint
 from tests.pool import WorkerPool
@@ -58,7 +59,12 @@ def measure(function: Callable[[], Any]) -> Traffic:
     return len(calls), sum(calls)
 
 
-def score_and_measure(checkpoint: str, parallel: ParallelConfig, scores: list[dict[str, Any]]) -> dict[str, Traffic]:
+def score_and_measure(
+    checkpoint: str,
+    parallel: ParallelConfig,
+    scores: list[dict[str, Any]],
+    finish: Callable[[ScoringRun], object] = ScoringRun.finish,
+) -> dict[str, Traffic]:
     """Traffic of a plain forward pass, and of forward pass, step and finish of a scoring run."""
     from megascore.mcore.models.gpt import build_gpt
     from megascore.mcore.pipeline.schedule import forward_only
@@ -74,7 +80,7 @@ def score_and_measure(checkpoint: str, parallel: ParallelConfig, scores: list[di
         with megascore.attach(chunks, scores=scores) as run:
             traffic["forward"] = measure(lambda: forward_only(chunks, [tokens], compute_loss=False))
             traffic["step"] = measure(run.step)
-        traffic["finish"] = measure(run.finish)
+        traffic["finish"] = measure(lambda: finish(run))
         traffic["hooks"] = (len(run.sites), 0)
     return traffic
 
@@ -125,7 +131,6 @@ def pretend_ranks(checkpoint: str, parallel: ParallelConfig, world_size: int) ->
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     own_objects = mock.patch("megascore.parallel.merge.gather_objects", lambda own, group=None: [own])
     agreed = mock.patch("megascore.parallel.comm.gather_objects", lambda own, group=None: [own])
-    # The first of 4 stages: the other layers are missing in the world.
-    assembled = mock.patch("megascore.runs.scoring_run.assemble_scores", return_value=None)
-    with own_objects, agreed, assembled:
-        return score_and_measure(checkpoint, parallel, ADDITIVE)
+    with own_objects, agreed:
+        # The first of 4 stages: the other layers are missing in the world, so there is no whole score file.
+        return score_and_measure(checkpoint, parallel, ADDITIVE, ScoringRun.results)

@@ -1,55 +1,14 @@
-"""Parts of a model for scoring one block at a time: which modules are blocks, and which places lie in each."""
+"""Blocks of a model, found by what a user names: modules, a list of them, or its dotted name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from megascore.errors import ModelError
-from megascore.sites.places import ModelView, Place
 
-__all__ = ["PartView", "find_blocks", "places_by_block"]
-
-
-@dataclass(frozen=True)
-class PartView:
-    """A view of a model that shows only some of its places."""
-
-    whole: ModelView
-    modules: Sequence[nn.Module]
-    """The modules in which the places are."""
-    places: Sequence[Place]
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """Sizes of the whole model."""
-        return self.whole.facts
-
-    @property
-    def unknown(self) -> Sequence[str]:
-        """Nothing: what is unknown in the model is told of the whole."""
-        return ()
-
-    @property
-    def layout(self) -> Mapping[str, Any]:
-        """Degrees of the parallel axes."""
-        return self.whole.layout
-
-
-def places_by_block(
-    places: Sequence[Place], blocks: Sequence[nn.Module]
-) -> tuple[list[tuple[Place, ...]], tuple[Place, ...]]:
-    """Return the places in each block, and those outside of all blocks."""
-    owner = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
-    inside: list[list[Place]] = [[] for _ in blocks]
-    outside: list[Place] = []
-    for place in places:
-        number = owner.get(id(place.module))
-        (outside if number is None else inside[number]).append(place)
-    return [tuple(own) for own in inside], tuple(outside)
+__all__ = ["find_blocks"]
 
 
 def find_blocks(model: nn.Module, blocks: Sequence[nn.Module] | nn.Module | str) -> tuple[nn.Module, ...]:

@@ -1,0 +1,75 @@
+"""A job that runs the whole model, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from megascore.job.inputs import JobInputs
+from megascore.job.loss import LossTotal
+from megascore.job.watch import Watch
+from megascore.mcore.pipeline.schedule import forward_only
+from megascore.mcore.sites.view import MegatronModelView
+from megascore.parallel.comm import agree
+from megascore.runs.scoring_run import ScoringRun
+from megascore.runs.steps import Cursor, run_steps
+from megascore.scores.score_file import Scores
+
+__all__ = ["run_full_pass"]
+
+
+def run_full_pass(inputs: JobInputs, watch: Watch) -> Scores:
+    """Return the scores of a job. Collective over the world.
+
+    Args:
+        inputs: The model, the samples, and what is scored.
+        watch: What happens between steps.
+
+    Raises:
+        MegascoreError: the model, the scores or the checkpoint do not fit.
+        Preempted: a signal came, and everything is saved.
+    """
+    chunks = agree("loading the model", lambda: _load(inputs))
+    with ScoringRun(MegatronModelView(chunks), inputs.requests, inputs.metadata) as run:
+        loss = LossTotal(inputs.form.device)
+        if watch.snapshot is not None:
+            run.restore(watch.snapshot.states, watch.snapshot.step)
+            loss.restore(watch.snapshot.sums["loss"])
+        watch.begin(inputs.total_steps)
+        _run_data(inputs, chunks, run, loss, watch)
+        mean_loss = loss.mean() if inputs.computes_loss else None
+    return run.finish({"loss": mean_loss})
+
+
+def _load(inputs: JobInputs) -> list[Any]:
+    chunks = inputs.form.build(inputs.source)
+    inputs.source.check_tokens(chunks, inputs.samples.largest_token)
+    inputs.source.load(chunks)
+    return chunks
+
+
+def _run_data(inputs: JobInputs, chunks: Sequence[nn.Module], run: ScoringRun, loss: LossTotal, watch: Watch) -> None:
+    """Run the steps that are left, with what happens between them."""
+    samples, share, total = inputs.samples, inputs.share, inputs.total_steps
+    device, start = inputs.form.device, run.num_steps
+
+    def between(step: int) -> None:
+        tokens = samples.num_tokens(slice(share.samples(step).start))
+        cursor = Cursor(step, None, chunks)
+        watch.between(cursor, tokens, run, {"step": step}, loss.sums, is_last=step == total)
+
+    def run_step(step: int) -> None:
+        slices = share.micro_batches(step, samples.num_samples)
+        micro_batches = [samples.tokens_of(part).to(device, non_blocking=True) for part in slices]
+        loss.add(forward_only(chunks, micro_batches, inputs.computes_loss, samples.masks_of(slices), run))
+
+    tokens_per_step = share.global_batch_size * inputs.form.sequence_length
+    with watch.progress(total, tokens_per_step, start) as progress:
+
+        def count(step: int) -> None:
+            progress.advance(samples.num_tokens(share.samples(step)))
+
+        run_steps(range(start, total), run_step, [run], before=between, after=count)
+        between(total)
