@@ -48,7 +48,7 @@ class ChunkRunner:
         self._layers = layers_of(chunk)
         # What lies outside of layers is on the device already.
         weights = MovingWeights(chunk, device)
-        # As Megatron's layers return: hidden states, and a context for cross attention, which a decoder has not.
+        # Megatron's layers return hidden states and a context for cross attention; a decoder's context is None.
         form = ReturnForm((torch.empty(0), None))
         self._feed = CachedFeed(chunk, self._layers, len(micro_batches), self._forward, weights, store, form=form)
         self._received: Tensor | None = None
