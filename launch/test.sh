@@ -58,6 +58,14 @@ else
 fi
 environment_seconds=$SECONDS
 
+# Two processes share the files and the cores; a GPU is for one process alone. A later -n overrides it: -n 0 for --pdb.
+options=()
+half=$("$PYTHON" -c 'import os, torch; print(0 if torch.cuda.is_available() else os.cpu_count() // 2)')
+if [ "$half" -gt 0 ]; then
+    options=(-n 2 --dist loadfile)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$half}"
+fi
+
 if [ "$versions" = pinned ]; then
     say "ruff"
     "$PYTHON" -m ruff check .
@@ -65,9 +73,9 @@ if [ "$versions" = pinned ]; then
     say "mypy"
     "$PYTHON" -m mypy
     say "pytest"
-    "$PYTHON" -m pytest ${marks[@]+"${marks[@]}"} "$@"
+    "$PYTHON" -m pytest ${options[@]+"${options[@]}"} ${marks[@]+"${marks[@]}"} "$@"
 else
     say "pytest, on the $versions versions"
     # Over the filters of pyproject.toml.
-    "$PYTHON" -m pytest -W default "$@"
+    "$PYTHON" -m pytest ${options[@]+"${options[@]}"} -W default "$@"
 fi

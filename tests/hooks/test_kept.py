@@ -12,6 +12,8 @@ from torch import Tensor
 from megascore.hooks import ForwardHook, L2NormHook
 from tests.hooks.cases import NUM_CALLS, Case, every_class, feed, random_calls
 
+pytestmark = pytest.mark.fast
+
 __all__ = ["ListHook"]
 
 

@@ -1,11 +1,14 @@
-"""What a model has, and what of it nobody accounts for."""
+"""Inventories of modules: what has channels, heads or experts, and is accounted for by nobody."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from megascore.sites.inventory import grouped, is_norm, norm_width, unaccounted
+
+pytestmark = pytest.mark.fast
 
 
 class Mixer(nn.Module):
