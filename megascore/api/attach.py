@@ -28,7 +28,17 @@ from megascore.sites.requests import ScoreRequest, resolve_scores
 
 __all__ = ["attach", "score_blockwise"]
 
-COUNTED = {"num_tokens", "num_samples", "num_steps", "sites", "scores", "layout", "schema_version", "unseen"}
+COUNTED = {
+    "num_tokens",
+    "num_samples",
+    "num_steps",
+    "sites",
+    "scores",
+    "layout",
+    "blockwise",
+    "schema_version",
+    "unseen",
+}
 """Entries of a score file's metadata that a run finds out."""
 
 

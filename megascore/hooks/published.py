@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,19 +19,26 @@ from torch import Tensor
 
 from megascore.files.whole import write_whole
 
-if TYPE_CHECKING:
-    from megascore.hooks.base import ForwardHook
-
 __all__ = ["dump_channel_importance", "dump_results", "save_hook_states"]
 
 
-def save_hook_states(hooks: Mapping[str, ForwardHook], folder: Path) -> None:
+class _Hook(Protocol):
+    """The part of a hook that is written."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on."""
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Return all results."""
+
+
+def save_hook_states(hooks: Mapping[str, _Hook], folder: Path) -> None:
     """Write ``hook_states_rank_{rank}.pth``: each hook's `state_dict` by name. Not collective by itself."""
     states = {name: hook.state_dict() for name, hook in hooks.items()}
     _write_tensors(folder / f"hook_states_rank_{_rank()}.pth", states)
 
 
-def dump_results(hooks: Mapping[str, ForwardHook], folder: Path, args: Any) -> None:
+def dump_results(hooks: Mapping[str, _Hook], folder: Path, args: Any) -> None:
     """Write ``rank_{rank}.pth`` (each hook's `to_dict` by name), and on rank 0 ``args.json``.
 
     Collective over the world where torch.distributed is initialised.
@@ -43,7 +50,7 @@ def dump_results(hooks: Mapping[str, ForwardHook], folder: Path, args: Any) -> N
     _barrier()
 
 
-def dump_channel_importance(hooks: Mapping[str, ForwardHook], folder: Path, args: Any) -> None:
+def dump_channel_importance(hooks: Mapping[str, _Hook], folder: Path, args: Any) -> None:
     """Write ``channel_importance_results.json`` on rank 0: features ranked by their mean score over all norms.
 
     Reads the ``rank_{rank}.pth`` of this world's ranks, which must be there. Collective over the world where

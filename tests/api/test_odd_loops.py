@@ -198,6 +198,8 @@ def test_metadata_that_cannot_be_kept_is_refused_before_the_run() -> None:
         megascore.attach(TinyDecoder(), metadata={"data": object()})
     with pytest.raises(ConfigError, match="metadata has num_tokens, which the run writes itself"):
         megascore.attach(TinyDecoder(), metadata={"num_tokens": 5})
+    with pytest.raises(ConfigError, match="metadata has blockwise, which the run writes itself"):
+        megascore.attach(TinyDecoder(), metadata={"blockwise": 5})
 
 
 def test_a_mask_that_is_no_tensor_is_refused() -> None:
