@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megascore.errors import ConfigError
-from megascore.hooks.base import ForwardHook, Method
+from megascore.hooks.base import ForwardHook
+from megascore.hooks.method import Method
 
 __all__ = ["methods", "methods_of"]
 

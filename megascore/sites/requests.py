@@ -9,7 +9,7 @@ from typing import Any
 
 import megascore.hooks  # noqa: F401 - the methods that come with the package
 from megascore.errors import ConfigError
-from megascore.hooks.base import Method
+from megascore.hooks.method import Method
 from megascore.hooks.registry import methods_of
 from megascore.sites.targets import TARGETS, PlaceKind, Target, check_methods
 

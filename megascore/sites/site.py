@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megascore.errors import ModelError
-from megascore.hooks import Merge, State, Statistic
+from megascore.hooks import ForwardHook, Merge, State, Statistic
 from megascore.parallel.comm import gather_objects, world_rank, world_size
 from megascore.parallel.forms import placed
 from megascore.parallel.merge import Part, Plan, agree_on_plan
@@ -144,8 +144,9 @@ def hook_at(place: Place, request: ScoreRequest) -> PlacedHook:
     if place.obstacle is not None:
         raise ModelError(f"{place.name}: {place.obstacle.format(target=request.target)}")
     module = place.module if place.scored_module is None else place.scored_module()
-    hook = placed(request.definition.hook).at(module, place.placement.shard.length, dict(request.options))
-    assert isinstance(hook, PlacedHook)
+    hook_class = request.definition.hook
+    assert issubclass(hook_class, ForwardHook)
+    hook = placed(hook_class).at(module, place.placement.shard.length, dict(request.options))
     hook.put(place.placement, place.groups, place.device)
     return hook
 
@@ -163,7 +164,9 @@ def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple
     unknown = grouped(name for _, names in gathered for name in names)
     present = requests_present_in(found, requests, unknown)
     if unknown and world_rank() == 0:
-        warnings.warn(f"not scored, as no module that megascore knows: {'; '.join(unknown)}.", stacklevel=3)
+        warnings.warn(
+            f"megascore does not know these modules, and scores nothing in them: {'; '.join(unknown)}.", stacklevel=3
+        )
     return present
 
 

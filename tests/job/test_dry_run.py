@@ -18,7 +18,7 @@ from torch import nn
 
 from megascore.config import DataConfig, JobConfig, ModelConfig, ParallelConfig, RunConfig
 from megascore.errors import ConfigError, DataError, LayoutError, MegascoreError, ModelError
-from megascore.hooks.base import Method
+from megascore.hooks.method import Method
 from megascore.job.dry_run import dry_run
 from megascore.job.dry_run_report import format_bytes
 from megascore.job.job import run_job

@@ -112,7 +112,9 @@ def _save_bert(folder: Path) -> None:
     from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model("bert", **{**SIZES, "hidden_act": "gelu"}))
+    # BERT has a KV head for each query head, whatever a config says that is not its own.
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    model = AutoModel.from_config(AutoConfig.for_model("bert", **sizes, hidden_act="gelu"))
     model.save_pretrained(folder)
 
 

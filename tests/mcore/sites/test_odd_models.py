@@ -134,8 +134,11 @@ def score_kv_heads_of_mixed_layers(says_so: bool) -> list[int]:
 def test_what_is_beside_the_decoder_is_named_by_rank_0(world: WorkerPool) -> None:
     (prediction, towers, mamba), others = world.run(2, attach_to_odd_models)
     assert others == ("", "", mamba)
-    assert prediction == "not scored, as no module that megascore knows: mtp: MultiTokenPredictionBlock."
-    assert towers == "not scored, as no module that megascore knows: vision_model: Module."
+    assert (
+        prediction
+        == "megascore does not know these modules, and scores nothing in them: mtp: MultiTokenPredictionBlock."
+    )
+    assert towers == "megascore does not know these modules, and scores nothing in them: vision_model: Module."
     assert re.search(r"the model has no .*It has, of kinds that are not known: decoder: MambaStack\.", mamba)
 
 
