@@ -178,16 +178,22 @@ def versions_of_index(name: str) -> list[str]:
 
 
 def constraints_for(
-    pins: Iterable[str], packages: Mapping[str, Package], keep: bool, tell: Callable[[str], None]
+    pins: Iterable[str],
+    packages: Mapping[str, Package],
+    keep: bool,
+    tell: Callable[[str], None],
+    needs: Iterable[str] = (),
 ) -> list[str]:
     """Return constraints for an environment that has torch: that one, and the pins.
 
     Args:
         pins: Lines of a file of pins.
         packages: What the environment has.
-        keep: Leave packages that are there as they are.
+        keep: Leave packages that are there, and that the needs allow, as they are.
         tell: Called with what deviates from the pins.
+        needs: What pyproject.toml asks for.
     """
+    asked: dict[str, SpecifierSet] = {canonicalize_name(o.name): o.specifier for o in map(Requirement, needs)}
     torch = packages["torch"]
     needs_of_torch: dict[str, SpecifierSet] = {}
     for requirement in map(Requirement, torch.requires):
@@ -203,7 +209,11 @@ def constraints_for(
             continue
         version = str(pin.specifier).removeprefix("==")
         there, needed = packages.get(name), needs_of_torch.get(name, SpecifierSet())
-        if keep and there is not None:
+        fits = there is not None and asked.get(name, SpecifierSet()).contains(there.version, prereleases=True)
+        if keep and there is not None and not fits:
+            tell(f"{name} {there.version} is not what pyproject.toml asks for: taking {version}")
+            lines.append(line)
+        elif keep and there is not None:
             if there.version != version:
                 tell(f"{name} {there.version} stays as it is here; tested with {version}")
         elif not needed.contains(version):
@@ -228,8 +238,12 @@ def main(arguments: list[str]) -> int:
     elif command == "oldest":
         lines = oldest_pins([*requirements_of(read_project(), rest[0].split(",")), *rest[1:]], versions_of_index)
     else:
+        project = read_project()
+        extras = project["project"]["optional-dependencies"]
         pins = Path(rest[0]).read_text(encoding="utf-8").splitlines()
-        lines = constraints_for(pins, installed_packages(), "--keep" in rest[1:], _tell)
+        lines = constraints_for(
+            pins, installed_packages(), "--keep" in rest[1:], _tell, requirements_of(project, extras)
+        )
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
 

@@ -1,4 +1,4 @@
-"""What each block is given when it runs alone: whoever feeds blocks, and the feed by fresh passes through the model."""
+"""Feeds: inputs of blocks that run alone, and the feed that gets them by fresh passes through the model."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ class ForwardHook(AccumulatingHook):
 
     Register it with ``module.register_forward_hook(hook)``, or call it as PyTorch does: ``hook(module, args, output)``.
 
-    A subclass says what it keeps (`declare`), does the arithmetic of one call (`observe`) and computes scores from
-    a state (`compute`). Allocation, copying, comparing, saving and loading are done from the declaration.
+    A subclass writes what `AccumulatingHook` asks for. Comparing, saving and loading are done here, from its
+    declaration of statistics.
     """
 
     # The published interface

@@ -62,6 +62,8 @@ class HasMethod:
                     f"{cls.__name__} names its method '{method}', and must say its targets and summary too."
                 )
             cls.measures = Method(method, targets, summary, options, cls)
+        elif targets or summary or options:
+            raise TypeError(f"{cls.__name__} has targets, a summary or options, but names no method.")
 
     @classmethod
     def at(cls, module: nn.Module, num_units: int, options: Mapping[str, Any]) -> Self:

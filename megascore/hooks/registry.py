@@ -21,7 +21,7 @@ __all__ = ["methods", "methods_of"]
 
 
 def methods() -> dict[tuple[str, str], Method]:
-    """Return every method by the target that it ranks and its own name, in the order of definition.
+    """Return every method by the target that it ranks and its own name; subclasses come behind their base.
 
     Raises:
         ConfigError: two classes claim one pair.
@@ -32,12 +32,14 @@ def methods() -> dict[tuple[str, str], Method]:
         own: Method | None = vars(hook).get("measures")
         for target in own.targets if own is not None else ():
             assert own is not None
-            first = found.setdefault((target, own.name), own)
-            if first is not own:
+            first = found.get((target, own.name), own)
+            # A class that is defined again, as in a notebook, takes the place of the one before.
+            if _path(first.hook) != _path(hook):
                 raise ConfigError(
                     f"{_path(first.hook)} and {_path(hook)} both say that they rank '{target}' by '{own.name}': rename "
                     "the method of one of them."
                 )
+            found[target, own.name] = own
     return found
 
 

@@ -42,6 +42,9 @@ class Statistic:
     Ranks that hold parts of the same sample then add those parts first, and all hold the same statistic afterwards.
     """
 
+    groups: int | None = None
+    """In how many groups of equal size the entries of a finished score compete; None where all of them do."""
+
     def zeros(self, device: torch.device | str) -> Tensor:
         """Return the statistic of no data: zeros of its shape and dtype on ``device``."""
         # One made in inference mode could not be added to outside of it.

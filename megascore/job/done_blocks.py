@@ -20,7 +20,7 @@ from megascore.parallel.merge import Plan
 from megascore.resume.snapshot import Snapshot
 from megascore.runs.results import Results
 from megascore.runs.scoring_run import ScoringRun
-from megascore.sites.site import SCORE
+from megascore.sites.site import SCORE, groups_of
 
 __all__ = ["DoneBlocks", "check_done"]
 
@@ -86,6 +86,7 @@ def check_done(done: DoneBlocks, order: LayerOrder, parts: ModelParts, device: t
             own_statistics, own_scores = run.declared
             statistics.update(own_statistics)
             scores.update(own_scores)
+            done.results.groups.update(groups_of(own_scores))
     agree("comparing the layers that are done", lambda: _check_results(done, statistics, scores))
 
 

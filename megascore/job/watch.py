@@ -1,4 +1,4 @@
-"""What all ranks of a job do between two steps: show how far it is, save, stop, and let an observer look."""
+"""The watch over a job: between two steps all ranks show how far it is, save, stop, and let an observer look."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What started this process: torchrun or Slurm, whether it started it again, and an end with it when it dies."""
+"""The launcher of this process, torchrun or Slurm: its name, whether it started the process again, an end with it."""
 
 from __future__ import annotations
 

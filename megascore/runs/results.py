@@ -28,6 +28,8 @@ class Results:
     """Statistics, on the CPU."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """Finished scores [units] float64, on the CPU; zeros where no token was seen."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """In how many groups the units of a site compete; sites of which all units compete are left out."""
     num_passes: dict[str, int] = field(default_factory=dict)
     """How often a site has seen all data; once where nothing is said."""
 
@@ -35,6 +37,7 @@ class Results:
         """Add the results of other sites, for which the run went over all data ``num_passes`` times."""
         self.states.update(others.states)
         self.scores.update(others.scores)
+        self.groups.update(others.groups)
         self.num_passes.update({key: num_passes * others.num_passes.get(key, 1) for key in others.states})
 
     def counts(self, name: str) -> dict[str, int]:
@@ -84,7 +87,7 @@ def conclude(
         own["blockwise"] = dict(blockwise)
     if max(results.num_passes.values(), default=1) > 1:
         own.update({name: max(results.counts(name).values(), default=0) for name in ("num_tokens", "num_samples")})
-    return assemble_scores(requests, dict(sorted(results.states.items())), results.scores, own)
+    return assemble_scores(requests, dict(sorted(results.states.items())), results.scores, own, results.groups)
 
 
 def _require_data(results: Results) -> None:

@@ -28,6 +28,7 @@ from megascore.sites.site import (
     Site,
     build_sites,
     check_places,
+    groups_of,
     plan_of_scores,
     plan_of_states,
     present_requests,
@@ -217,7 +218,8 @@ class ScoringRun(Closing):
         states = self.merged_states()
         own = agree("computing the scores", lambda: self._own_scores(states, device))
         scores = merge_over_world(self._score_plan, own, device)
-        return Results(states, {key: result[SCORE].cpu() for key, result in scores.items()})
+        finished = {key: result[SCORE].cpu() for key, result in scores.items()}
+        return Results(states, finished, groups_of(self._score_plan))
 
     def _own_scores(self, states: Mapping[str, State], device: torch.device) -> dict[str, Part]:
         """Return the finished scores of this rank's sites, as something to merge; none where no token was seen."""

@@ -29,6 +29,7 @@ def assemble_scores(
     states: Mapping[str, State],
     scores: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
+    groups: Mapping[str, int] | None = None,
 ) -> Scores:
     """Return the content of a score file; pure.
 
@@ -42,6 +43,8 @@ def assemble_scores(
         states: Merged statistics of every site in the world.
         scores: Finished score of every site in the world, [units] float64; not read where no token was seen.
         metadata: Entries beside the sites.
+        groups: In how many groups the units of a site compete, by key; a site tells it where the model's facts say
+            another number.
 
     Raises:
         LayoutError: the layers on the ranks do not make up a whole model.
@@ -64,6 +67,10 @@ def assemble_scores(
             if missing:
                 unseen[f"{MODEL_SITE}/{ending}"] = missing
     sites = {key: {**_counts(state), **_routing(key, state)} for key, state in states.items()}
+    for key, number in (groups or {}).items():
+        fact = TARGETS[split_key(key).target].groups
+        if number != metadata.get("model", {}).get(fact):
+            sites[key]["groups"] = number
     return Scores(values, {**_totals(states, metadata), **metadata, "sites": sites}, unseen)
 
 

@@ -112,7 +112,8 @@ def known_target(key: str, name: str) -> Target:
 
 
 def _num_groups(scores: Scores, key: str, num_units: int, fact: str) -> int:
-    num_groups = scores.metadata.get("model", {}).get(fact)
+    of_model = scores.metadata.get("model", {}).get(fact)
+    num_groups = scores.metadata.get("sites", {}).get(key, {}).get("groups", of_model)
     if not isinstance(num_groups, int) or num_groups < 1 or num_units % num_groups:
         raise ScoreFileError(
             f"'{key}' has {num_units} heads and metadata model.{fact} is {num_groups!r}: "

@@ -1,4 +1,4 @@
-"""How many heads share the inputs of an attention output projection: what the layer in hand says, then the config."""
+"""Numbers of heads that share an attention output projection: the layer in hand says them, then the config."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The names in the score file are those of Megatron-Core, so that a file doesn't t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -122,7 +123,8 @@ class PlainModelView:
             yield self._place(kind, name, module, local_name, width)
             return
         heads = plain_heads(name, modules.get(self._family.attention, module), width, self._config)
-        yield self._place(kind, name, module, local_name, width, heads.num_heads)
+        place = self._place(kind, name, module, local_name, width, heads.num_heads)
+        yield replace(place, num_competing_groups=heads.num_kv_heads)
         if heads.num_kv_heads is not None:
             yield self._place(PlaceKind.KV_HEADS, name, module, local_name, heads.num_kv_heads)
 

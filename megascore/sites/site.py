@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megascore.errors import ModelError
 from megascore.hooks import ForwardHook, Merge, State, Statistic
-from megascore.parallel.comm import gather_objects, world_rank, world_size
+from megascore.parallel.comm import agree, gather_objects, world_rank, world_size
 from megascore.parallel.forms import placed
 from megascore.parallel.merge import Part, Plan, agree_on_plan
 from megascore.parallel.placed import PlacedHook
@@ -28,6 +28,7 @@ __all__ = [
     "Site",
     "build_sites",
     "check_places",
+    "groups_of",
     "hook_at",
     "plan_of_scores",
     "plan_of_states",
@@ -67,7 +68,8 @@ class Site:
     def score_statistic(self) -> Statistic:
         """The finished score as something to merge: every rank that shares the place computes the same."""
         num_units = self.place.placement.shard.total // self.unit_size
-        return Statistic(SCORE, (num_units,), merge=Merge.REPLICATED)
+        groups = self.place.num_competing_groups if self.request.ranked.groups is not None else None
+        return Statistic(SCORE, (num_units,), merge=Merge.REPLICATED, groups=groups)
 
     def part(self) -> Part:
         """Return this rank's accumulators, to be merged."""
@@ -97,6 +99,8 @@ def check_places(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
         ModelError: two places are one module.
     """
     _refuse_shared_modules(view)
+    # What a rank can't tell of its modules must fail here, where all ranks hear of it.
+    _ = view.unknown
     for request, place in _wanted(view, requests):
         check_covers_world(place, world_size())
         _unit_size(request, place)
@@ -163,11 +167,20 @@ def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple
     found = {kind for kinds, _ in gathered for kind in kinds}
     unknown = grouped(name for _, names in gathered for name in names)
     present = requests_present_in(found, requests, unknown)
-    if unknown and world_rank() == 0:
-        warnings.warn(
-            f"megascore does not know these modules, and scores nothing in them: {'; '.join(unknown)}.", stacklevel=3
-        )
+    if unknown:
+        # Gathered, so the same on all ranks. A warning can be an error.
+        agree("telling what is unknown", lambda: _warn_of_unknown(unknown))
     return present
+
+
+def _warn_of_unknown(unknown: Sequence[str]) -> None:
+    if world_rank() == 0:
+        names = "; ".join(unknown)
+        warnings.warn(
+            f"megascore does not know these modules, and scores nothing in them: {names}.",
+            # The caller of `attach`.
+            stacklevel=7,
+        )
 
 
 def requests_present_in(
@@ -213,6 +226,11 @@ def plan_of_states(sites: Sequence[Site]) -> Plan:
 def plan_of_scores(sites: Sequence[Site]) -> Plan:
     """Return the finished scores of all sites in the world. Collective over the world."""
     return agree_on_plan({site.key: (site.score_statistic,) for site in sites})
+
+
+def groups_of(scores: Plan) -> dict[str, int]:
+    """Return in how many groups the units of sites compete, given the plan of their scores; not where all do."""
+    return {key: statistic.groups for key, (statistic,) in scores.items() if statistic.groups is not None}
 
 
 def _wanted(view: ModelView, requests: Sequence[ScoreRequest]) -> Iterator[tuple[ScoreRequest, Place]]:

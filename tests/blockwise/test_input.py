@@ -60,7 +60,7 @@ def test_a_block_that_is_not_reached_is_told() -> None:
     model = TinyDecoder()
     model.spare = nn.ModuleList([*model.layers, nn.Linear(1, 1)])
     reached = pytest.raises(ModelError, match="batch 0 reached 4 of 5 blocks and ended without block 4")
-    with pytest.warns(UserWarning, match=r"not scored.*: spare\.4: Linear\.$"), reached:
+    with pytest.warns(UserWarning, match=r"scores nothing in them.*: spare\.4: Linear\.$"), reached:
         megascore.score_blockwise(model, "spare", make_batches())
 
 

@@ -107,6 +107,15 @@ def test_packages_that_are_there_stay_where_that_is_asked(keep: bool, expected: 
     assert told == (["numpy 1.26.4 stays as it is here; tested with 2.4.6"] if keep else [])
 
 
+def test_a_package_that_is_there_and_too_old_is_replaced_by_the_pin() -> None:
+    packages = {"torch": Package("torch", "2.10.0"), "rich": Package("rich", "9.0"), "numpy": Package("numpy", "2.0.0")}
+    told: list[str] = []
+    lines = ["rich==15.0.0", "numpy==2.4.6"]
+    found = pins.constraints_for(lines, packages, True, told.append, ["rich>=13", "numpy>=1.26"])
+    assert found == ["torch==2.10.0", "rich==15.0.0"]
+    assert told[0] == "rich 9.0 is not what pyproject.toml asks for: taking 15.0.0"
+
+
 def test_the_file_of_pins_meets_every_range() -> None:
     lines = Path("launch/constraints.txt").read_text().splitlines()
     found = {pin.name: pin for pin in map(Requirement, (line for line in lines if not line.startswith("#")))}

@@ -1,4 +1,4 @@
-"""When a run saves, by steps and by a clock of the test's own; and storage that refuses or hangs, in one process."""
+"""Times at which a run saves, by steps and by a clock of the test's own; storage that refuses or hangs. One process."""
 
 from __future__ import annotations
 

@@ -82,3 +82,9 @@ def test_heads_with_kv_heads_of_their_own_compete_across_the_layer() -> None:
 def test_heads_that_do_not_fit_the_kv_heads_are_refused(model: dict) -> None:
     with pytest.raises(ScoreFileError, match=r"has 6 heads and metadata model\.num_kv_heads"):
         rankings(Scores({HEADS: torch.ones(6)}, {"model": model}))
+
+
+def test_heads_of_a_layer_that_differs_are_ranked_in_its_own_groups() -> None:
+    metadata = {"model": {"num_kv_heads": 2}, "sites": {HEADS: {"groups": 3}}}
+    (ranking,) = rankings(Scores({HEADS: torch.ones(6)}, metadata))
+    assert ranking.groups == 3

@@ -152,6 +152,10 @@ def test_two_classes_cannot_claim_one_name_nor_rank_what_is_no_target() -> None:
     with pytest.raises(ConfigError, match="its method 'variance' ranks 'fnn', which is no target. Known: ffn, "):
         resolve_scores(SCORES)
     del Misspelt.measures
+    with pytest.raises(TypeError, match="Nameless has targets, a summary or options, but names no method"):
+
+        class Nameless(FluctuationHook, targets=("ffn",), summary="nothing"): ...
+
     with pytest.raises(TypeError, match="Nothing names its method 'nothing', and must say its targets"):
 
         class Nothing(ForwardHook, method="nothing"): ...
@@ -162,3 +166,15 @@ def test_a_state_is_its_own() -> None:
     hook = FluctuationHook(nn.Linear(4, 3))
     with pytest.raises(HookStateError, match="'IndependentChannelContributionHook' there, 'FluctuationHook' here"):
         hook.load_state_dict(megascore.hooks.IndependentChannelContributionHook(nn.Linear(4, 3)).state_dict())
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_first() -> None:
+    def define() -> type[ForwardHook]:
+        class Again(FluctuationHook, method="again", targets=("ffn",), summary="as in a notebook"): ...
+
+        return Again
+
+    first, second = define(), define()
+    assert methods()["ffn", "again"].hook is second
+    for defined in (first, second):
+        del defined.measures

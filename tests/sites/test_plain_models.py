@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import megascore
 from megascore.errors import ModelError
-from megascore.sites.places import PlaceKind
+from megascore.scores.ranking import rankings
 from megascore.sites.plain import PlainModelView
+from megascore.sites.targets import PlaceKind
+from tests.blockwise.tiny_decoder import TinyDecoder, make_batches
 from tests.sites.plain_models import MODELS, TOKENS, l2_norm, make_model
 
 UNKNOWN = {
@@ -52,11 +54,11 @@ POSITIONS = {
 
 @contextmanager
 def told(names: list[str]) -> Iterator[None]:
-    """Expect one warning that names what is not scored, or none."""
+    """Expect one warning that names what has no score, or none."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    texts = [str(warning.message) for warning in caught if "not scored" in str(warning.message)]
+    texts = [str(warning.message) for warning in caught if "scores nothing" in str(warning.message)]
     assert len(texts) == bool(names)
     for name in names:
         assert re.sub(r"layers\.\d+", "layers.*", name) in re.sub(r"layers\.\d+", "layers.*", texts[0])
@@ -170,7 +172,7 @@ def test_norms_of_unknown_positions_are_named_and_not_guessed() -> None:
         layer.third_norm = nn.RMSNorm(32)
     names = ("input_layernorm: LlamaRMSNorm", "post_attention_layernorm: LlamaRMSNorm", "third_norm: RMSNorm")
     assert PlainModelView(model).unknown == [f"decoder.layers.{n}.{name}" for n in (0, 1) for name in names]
-    with pytest.warns(UserWarning, match=r"not scored.*decoder\.layers\.\*\.third_norm: RMSNorm \(2 layers\)"):
+    with pytest.warns(UserWarning, match=r"scores nothing in them.*decoder\.layers\.\*\.third_norm: RMSNorm \(2 layers\)"):
         run = megascore.attach(model)
     with run:
         model(TOKENS)
@@ -220,3 +222,19 @@ def record(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def assert_equal(value: Tensor, expected: Tensor) -> None:
     # float64: only the order of additions differs.
     torch.testing.assert_close(value, expected.double(), rtol=1e-12, atol=0)
+
+
+def test_a_site_tells_in_how_many_groups_its_heads_compete_where_the_config_says_another_number() -> None:
+    model, batches = TinyDecoder(), make_batches()
+    for kv_heads, told in ((2, 4), (4, None)):
+        model.config.num_key_value_heads = kv_heads
+        with megascore.attach(model, scores=[{"target": "attention_heads"}]) as run, torch.no_grad():
+            for batch in batches:
+                model(batch)
+                run.step()
+        scores = run.finish()
+        blockwise = megascore.score_blockwise(model, None, batches, [{"target": "attention_heads"}])
+        for found in (scores, blockwise):
+            assert {site.get("groups") for site in found.metadata["sites"].values()} == {told}
+            # Its layers have as many values as queries.
+            assert {ranking.groups for ranking in rankings(found)} == {1}

@@ -1,4 +1,4 @@
-"""Which files of a folder count, what is read of them, and what is wrong with them. Tier: pure."""
+"""Files of a folder: those that count, what is read of them, and what is wrong with them. Tier: pure."""
 
 from __future__ import annotations
 

@@ -141,10 +141,14 @@ def _roles(groups: ExpertGroups, ep: Role, etp: Role) -> tuple[tuple[Axis, Role]
 
 
 def _place_inside_expert(
-    name: str, width: int, config: TransformerConfig, groups: ExpertGroups, copies: int
+    name: str, width: int | None, config: TransformerConfig, groups: ExpertGroups, copies: int
 ) -> Placement:
-    """Return the roles at the input of an expert's output projection, which has ``width`` columns on this rank."""
+    """Return the roles at the input of an expert's output projection, which has ``width`` columns on this rank.
+
+    None: only the config tells.
+    """
     etp, said = groups.axis("etp"), int(config.moe_ffn_hidden_size)
+    width = said // etp.size if width is None else width
     total = width * etp.size
     if total != said:
         raise LayoutError(
@@ -155,7 +159,7 @@ def _place_inside_expert(
     return Placement(Shard(etp.rank * width, width, total), roles, copies)
 
 
-def _projections(experts: Any, num_local: int) -> Iterator[tuple[str, nn.Module, int, Reader]]:
+def _projections(experts: Any, num_local: int) -> Iterator[tuple[str, nn.Module, int | None, Reader]]:
     """Yield name, module, columns and reader for the input of each local expert's output projection.
 
     There are none in experts of unknown classes.
@@ -169,7 +173,7 @@ def _projections(experts: Any, num_local: int) -> Iterator[tuple[str, nn.Module,
         for position in range(num_local):
             # Of the versions of Transformer Engine that keep all experts in one tensor, only the config says it.
             weight = getattr(linear, f"weight{position}", None)
-            width = experts.config.moe_ffn_hidden_size if weight is None else weight.shape[1]
+            width = None if weight is None else weight.shape[1]
             yield ".linear_fc2", linear, width, _read_grouped_linear(position)
     elif hasattr(experts, "weight1"):  # GroupedMLP
         width = experts.weight2.numel() // num_local // experts.config.hidden_size

@@ -1,4 +1,4 @@
-"""How many heads a Megatron attention has, on all ranks together: what the layer in hand says, then its config."""
+"""Numbers of heads of a Megatron attention, on all ranks together: the layer in hand says them, then its config."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from megascore.sites.heads import Heads, check_kv_heads, width_of_head
 __all__ = ["kv_heads_of_projection", "megatron_heads"]
 
 
-def megatron_heads(name: str, attention: Any, num_inputs: int, tensor_size: int) -> Heads:
+def megatron_heads(name: str, attention: Any, model_config: Any, num_inputs: int, tensor_size: int) -> Heads:
     """Return the heads of an attention, which may be other ones than the model's config says.
 
     Args:
         name: Global name of its output projection, for errors.
         attention: The module.
+        model_config: Of the model, for an attention without a config of its own.
         num_inputs: Inputs of the output projection, on all ranks.
         tensor_size: Tensor-parallel ranks.
 
     Raises:
         ModelError: the numbers contradict each other.
     """
-    config = attention.config
+    config = getattr(attention, "config", None) or model_config
     num_kv_heads = int(config.num_query_groups or config.num_attention_heads)
     # With fewer KV heads than ranks, Megatron's numbers of a partition are those of one KV head.
     parts = min(num_kv_heads, tensor_size)
@@ -61,7 +62,9 @@ def kv_heads_of_projection(linear: nn.Module, given: Mapping[str, Any], num_inpu
     attention = _attention_of(linear, given.get("model"))
     said: dict[str, int | None] = {}
     if attention is not None:
-        said["the attention"] = megatron_heads("linear_proj", attention, num_inputs, tensor_size).num_kv_heads
+        of_model = getattr(linear, "config", None)
+        heads = megatron_heads("linear_proj", attention, of_model, num_inputs, tensor_size)
+        said["the attention"] = heads.num_kv_heads
     if given.get("block_config") is not None:
         of_block = getattr(given["block_config"], "attention", None)
         said["block_config"] = getattr(of_block, "num_key_value_heads", None)

@@ -1,4 +1,4 @@
-"""Which modules of a Megatron model have channels, heads or experts, and are neither scored nor scored elsewhere."""
+"""The inventory of a Megatron model: modules with channels, heads or experts that nothing scores."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class MegatronModelView:
         found: list[str] = []
         for path, block in self._blocks:
             for position, layer in enumerate(block.layers):
-                name = f"decoder.layers.{getattr(layer, 'layer_number', position + 1) - 1}"
+                name = f"decoder.layers.{(getattr(layer, 'layer_number', None) or position + 1) - 1}"
                 prefix = f"{joined(path, 'layers')}.{position}."
                 places = [place for place in self.places if place.local_name.startswith(prefix)]
                 found += unknown_in_layer(name, layer, places, prefix, self._config.hidden_size)
@@ -168,8 +168,8 @@ class MegatronModelView:
         linear = "self_attention.linear_proj"
         place = self._linear(PlaceKind.ATTENTION_PROJECTION, name, layer, path, linear)
         total, tensor_size = place.placement.shard.total, self._groups.axis("tp").size
-        heads = megatron_heads(place.name, layer.self_attention, total, tensor_size)
-        yield replace(place, num_heads=heads.num_heads)
+        heads = megatron_heads(place.name, layer.self_attention, self._config, total, tensor_size)
+        yield replace(place, num_heads=heads.num_heads, num_competing_groups=heads.num_kv_heads)
         if heads.num_kv_heads is not None:
             own = KvHeads(place.module, heads.num_kv_heads, self._groups)
             yield replace(

@@ -1,4 +1,4 @@
-"""Where a Megatron parameter comes from, and what tensors a checkpoint has, by the table of tensors."""
+"""Sources of a Megatron parameter, and the tensors that a checkpoint has, by the table of tensors."""
 
 from __future__ import annotations
 

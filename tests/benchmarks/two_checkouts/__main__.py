@@ -1,4 +1,4 @@
-"""Whether two checkouts give the same: score files bit for bit, texts, exit codes, and checkpoints that one made.
+"""Two checkouts compared: score files bit for bit, texts, exit codes, and checkpoints that one of them made.
 
     python -m tests.benchmarks.two_checkouts OLD [NEW] [--keep FOLDER] [--only TEXT]
 

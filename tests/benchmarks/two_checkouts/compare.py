@@ -1,4 +1,4 @@
-"""What differs between two folders of one case: tensors, metadata, exit codes, texts."""
+"""Differences between two folders of one case: tensors, metadata, exit codes, texts."""
 
 from __future__ import annotations
 

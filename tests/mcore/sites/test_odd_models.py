@@ -42,7 +42,7 @@ def attach(model: Any, scores: Any = None) -> tuple[Any, str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = megascore.attach(model, scores=scores)
-    return run, " ".join(str(warning.message) for warning in caught if "not scored" in str(warning.message))
+    return run, " ".join(str(warning.message) for warning in caught if "scores nothing" in str(warning.message))
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

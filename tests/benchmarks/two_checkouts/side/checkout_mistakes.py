@@ -1,4 +1,4 @@
-"""What a program of a user can do wrong. It runs in the folder of a case."""
+"""Mistakes that a user's program can make. It runs in the folder of a case."""
 
 from __future__ import annotations
 
