@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ __all__ = [
     "broadcast_tensor",
     "collective_device",
     "gather_objects",
+    "leave_world",
     "max_over_world",
     "sum_in_place",
     "world_rank",
@@ -27,6 +29,9 @@ __all__ = [
 
 PIECE_BYTES = 1 << 26
 """Memory of a device that a broadcast takes at most."""
+
+SECONDS_TO_FREE = 0.02
+"""Long beside what freeing a few tensors takes, short beside all else at the end of a run."""
 
 Result = TypeVar("Result")
 
@@ -39,6 +44,16 @@ def world_size() -> int:
 def world_rank() -> int:
     """Return this process's number; 0 where torch.distributed is not initialised."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def leave_world() -> None:
+    """Take the process groups of torch.distributed apart. Every rank does it, in its own time.
+
+    Gloo's threads free the tensors of the last collective, and need Python's lock for that. In torch 2.6 a group waits
+    for its threads while it holds that lock: a moment without it lets them finish, or both wait for ever.
+    """
+    time.sleep(SECONDS_TO_FREE)
+    dist.destroy_process_group()
 
 
 def sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:

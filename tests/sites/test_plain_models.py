@@ -172,7 +172,7 @@ def test_norms_of_unknown_positions_are_named_and_not_guessed() -> None:
         layer.third_norm = nn.RMSNorm(32)
     names = ("input_layernorm: LlamaRMSNorm", "post_attention_layernorm: LlamaRMSNorm", "third_norm: RMSNorm")
     assert PlainModelView(model).unknown == [f"decoder.layers.{n}.{name}" for n in (0, 1) for name in names]
-    with pytest.warns(UserWarning, match=r"scores nothing in them.*decoder\.layers\.\*\.third_norm: RMSNorm \(2 layers\)"):
+    with pytest.warns(UserWarning, match=r"scores nothing.*decoder\.layers\.\*\.third_norm: RMSNorm \(2 layers\)"):
         run = megascore.attach(model)
     with run:
         model(TOKENS)

@@ -15,6 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megascore.config import ParallelConfig
 from megascore.errors import ConfigError, LayoutError, Preempted
 from megascore.mcore.cpu.stand_in import cpu_stand_in
+from megascore.parallel.comm import leave_world
 from megascore.parallel.rendezvous import store_of_environment
 
 __all__ = ["check_world_size", "intended_world_size", "is_alone", "local_device", "parallel_world"]
@@ -142,9 +143,9 @@ def _distributed(device: torch.device, timeout: timedelta) -> Iterator[None]:
         # NCCL waits for the collectives under way, and one that other ranks never join has no end: there the end of the
         # process breaks them off. All ranks stop together for a signal.
         if backend == "gloo" or world_size == 1 or isinstance(error, Preempted):
-            dist.destroy_process_group()
+            leave_world()
         raise
-    dist.destroy_process_group()
+    leave_world()
 
 
 def _make_groups(parallel: ParallelConfig, timeout: timedelta) -> None:
