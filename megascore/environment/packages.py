@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 __all__ = ["SUPPORTED_MEGATRON", "Package", "find_packages"]
 
-SUPPORTED_MEGATRON = ((0, 15, 3), (0, 20))
+SUPPORTED_MEGATRON = ((0, 15), (0, 20))
 """The first minor version of megatron-core that is supported, and the first that is not."""
 IMPORT_SECONDS = 180.0
 _IMPORT = "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); importlib.import_module(sys.argv[2])"
@@ -106,7 +106,7 @@ def _find(candidate: _Candidate) -> Package:
     package = Package(name, version or "unknown")
     low, high = SUPPORTED_MEGATRON
     if name == "megatron-core" and version is not None and not low <= package.release < high:
-        supported = f"{'.'.join(map(str, low))} to {high[0]}.{high[1] - 1}"
+        supported = f"{low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
         return Package(name, version, f"not a supported version: install one of {supported}")
     return package
 
