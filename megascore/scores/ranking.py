@@ -77,7 +77,8 @@ class Ranking:
 def rankings(scores: Scores) -> list[Ranking]:
     """Return the units in which things compete, in the order of the file.
 
-    - ``attention_heads``: heads inside each KV group; all heads of the layer where each has a KV head of its own.
+    - ``attention_heads``: heads inside each KV group, of which a layer may have its own number; all heads of the layer
+      where each has a KV head of its own.
     - ``hidden_size``: only the model-wide vector, as one feature runs through all norms.
     - everything else: one ranking for each vector; that of ``layers`` is model-wide.
 
