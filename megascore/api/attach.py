@@ -25,6 +25,7 @@ from megascore.scores.score_file import Scores
 from megascore.sites.places import ModelView
 from megascore.sites.plain import PlainModelView
 from megascore.sites.requests import ScoreRequest, resolve_scores
+from megascore.sites.towers import part_of
 
 __all__ = ["attach", "score_blockwise"]
 
@@ -38,6 +39,7 @@ COUNTED = {
     "blockwise",
     "schema_version",
     "unseen",
+    "not_scored",
 }
 """Entries of a score file's metadata that a run finds out."""
 
@@ -48,6 +50,7 @@ def attach(
     *,
     scores: Iterable[Mapping[str, Any] | ScoreRequest] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    part: str | None = None,
 ) -> ScoringRun:
     """Score a model while your own loop runs it.
 
@@ -60,6 +63,8 @@ def attach(
         recipe: Name of a list of scores; "minitron" if neither this nor ``scores`` is given.
         scores: The scores themselves, ``[{"target": "ffn", "method": "l2_norm"}, ...]``, instead of a recipe.
         metadata: JSON-able entries for the score file, such as the name of the data.
+        part: Dotted name of the part to score, such as "model.language_model", of a model with several stacks of
+            layers that does not say which one is its language model. Your loop runs the whole model as ever.
 
     Returns:
         A run: use it as a context manager, call ``step()`` after each batch and ``finish()`` at the end.
@@ -74,7 +79,7 @@ def attach(
     requests = resolve_scores(scores if scores is not None else recipe or "minitron")
     _warn_of_lone_processes()
     agree("looking at the metadata", lambda: _check_metadata(metadata))
-    view = agree("looking at the model", lambda: _view_of(model))
+    view = agree("looking at the model", lambda: _view_of(_part_of(model, part)))
     agree("looking at the weights", lambda: _check_weights(view))
     return ScoringRun(view, requests, metadata)
 
@@ -154,6 +159,16 @@ def _warn_of_lone_processes() -> None:
             "torch.distributed.init_process_group() first, or start one process.",
             stacklevel=3,
         )
+
+
+def _part_of(model: nn.Module | Sequence[nn.Module], part: str | None) -> nn.Module | Sequence[nn.Module]:
+    wanted: Any = model
+    # What is no model is told by what looks at it next.
+    if isinstance(wanted, nn.Module):
+        return part_of(wanted, part)
+    if isinstance(wanted, Sequence) and all(isinstance(chunk, nn.Module) for chunk in wanted):
+        return [part_of(chunk, part) for chunk in wanted]
+    return model
 
 
 def _view_of(model: nn.Module | Sequence[nn.Module]) -> ModelView:

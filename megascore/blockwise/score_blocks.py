@@ -78,7 +78,7 @@ def score_blocks(
     model = view.modules[0]
     own_blocks = agree("looking for the blocks", lambda: find_blocks(model, blocks))
     agree("looking for the modules to score", lambda: check_places(view, requests))
-    requests = present_requests(view, requests)
+    requests, not_scored = present_requests(view, requests)
     num_passes = agree("counting the batches", lambda: _num_passes(requests, batches))
     masks = agree("counting the masks", lambda: _masks(options.token_masks, len(batches)))
     _check_same_everywhere(len(batches))
@@ -97,7 +97,7 @@ def score_blocks(
     finally:
         feed.close()
     blockwise = {"cache_block_outputs": options.cache_block_outputs, "num_blocks": len(own_blocks)}
-    return conclude(results, view, requests, len(batches), options.metadata, blockwise)
+    return conclude(results, view, requests, len(batches), options.metadata, not_scored, blockwise)
 
 
 class _Blockwise:

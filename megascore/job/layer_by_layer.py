@@ -46,7 +46,7 @@ def run_layer_by_layer(inputs: JobInputs, watch: Watch, make_store: Callable[[],
     chunks = agree("loading the model", lambda: load_for_blocks(source, form, inputs.samples.largest_token))
     view = MegatronModelView(chunks)
     agree("looking for the modules to score", lambda: check_places(view, inputs.requests))
-    requests = present_requests(view, inputs.requests)
+    requests, not_scored = present_requests(view, inputs.requests)
     order = order_of_layers(chunks)
     parts = ModelParts(view, [order.own_layer(layer) for layer in range(order.num_layers)], requests)
     done = DoneBlocks(watch.snapshot)
@@ -62,7 +62,7 @@ def run_layer_by_layer(inputs: JobInputs, watch: Watch, make_store: Callable[[],
         store.close()
     metadata = {**inputs.metadata, "loss": loss.mean() if inputs.computes_loss else None}
     blockwise = {"cache_block_outputs": True, "num_blocks": order.num_layers}
-    return conclude(done.results, view, requests, inputs.total_steps, metadata, blockwise)
+    return conclude(done.results, view, requests, inputs.total_steps, metadata, not_scored, blockwise)
 
 
 class _LayerLoop:

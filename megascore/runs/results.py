@@ -58,6 +58,7 @@ def conclude(
     requests: Sequence[ScoreRequest],
     num_steps: int,
     metadata: Mapping[str, Any],
+    not_scored: Mapping[str, str],
     blockwise: Mapping[str, Any] | None = None,
 ) -> Scores:
     """Return the content of the score file of a run, however it went over the data. Not collective.
@@ -68,6 +69,7 @@ def conclude(
         requests: What was scored.
         num_steps: Steps of one pass over the data.
         metadata: Entries to add, such as fingerprints.
+        not_scored: What of the model no score is of, and what it is.
         blockwise: How blocks were run one at a time; None for a full pass.
 
     Raises:
@@ -80,6 +82,7 @@ def conclude(
     own = {
         "num_steps": num_steps,
         "layout": dict(view.layout),
+        "not_scored": dict(not_scored),
         **metadata,
         "model": {**view.facts, **metadata.get("model", {})},
     }

@@ -65,7 +65,7 @@ class ScoringRun(Closing):
         self.view = view
         # What a rank alone can find wrong is told first, for some hooks gather their weights when they are built.
         agree("looking for the modules to score", lambda: check_places(view, requests))
-        self.requests = present_requests(view, requests)
+        self.requests, self._not_scored = present_requests(view, requests)
         # What is made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self.sites = agree("building the hooks", lambda: build_sites(view, requests))
@@ -203,7 +203,7 @@ class ScoringRun(Closing):
             RankFailure: another rank could not compute its scores.
         """
         own = {**self._metadata, **(metadata or {})}
-        return conclude(self.results(), self.view, self.requests, self.num_steps, own)
+        return conclude(self.results(), self.view, self.requests, self.num_steps, own, self._not_scored)
 
     def results(self) -> Results:
         """Merge the statistics of all ranks, and return what `finish` makes a score file of.

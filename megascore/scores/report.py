@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from megascore.scores.assemble import MODEL_SITE
 from megascore.scores.charts import Bar, Histogram, IndexList, format_ranges
 from megascore.scores.ranking import Ranking, rankings
 from megascore.scores.score_file import Scores
+from megascore.sites.inventory import grouped
 from megascore.sites.targets import TARGETS, WholeModel
 
 __all__ = ["format_layout", "format_percent", "new_table", "render_scores", "titled"]
@@ -48,6 +49,9 @@ def render_scores(scores: Scores, fraction: float = 0.25) -> RenderableType:
         parts.append(_legend())
     if scores.unseen:
         parts.append(_unseen_list(scores))
+    not_scored = scores.metadata.get("not_scored")
+    if not_scored:
+        parts.append(_not_scored_list(not_scored))
     return Group(*parts)
 
 
@@ -173,6 +177,15 @@ def _unseen_list(scores: Scores) -> RenderableType:
     for key, entry in scores.unseen.items():
         table.add_row(key, "all" if entry == "all" else format_ranges(entry))
     return titled("not measured, as no token reached it", table)
+
+
+def _not_scored_list(not_scored: Mapping[str, str]) -> RenderableType:
+    table = new_table()
+    table.add_column("module", overflow="fold")
+    table.add_column("what it is", overflow="fold")
+    for line in grouped(f"{name}: {what}" for name, what in not_scored.items()):
+        table.add_row(*line.split(": ", 1))
+    return titled("not scored, as megascore knows no score of such modules", table)
 
 
 def _title(ranking: Ranking) -> str:

@@ -28,6 +28,8 @@ class Family:
     inputs: frozenset[str]
     """What is no site, because its channels are scored elsewhere: as the inputs of an output projection that they make,
     or, where they are the hidden states, at the norms."""
+    experts: Sequence[str]
+    """Modules that hold all routed experts of a layer; a layer has one of them, or none."""
     outer_norms: Mapping[str, str]
     """Norms outside of layers, by their place from the module that holds the layers (``..`` is the one around it)."""
     outer_inputs: frozenset[str]
@@ -43,8 +45,19 @@ FAMILIES = {
         "self_attn",
         attention="self_attn",
         projections={
-            "mlp.down_proj": (PlaceKind.FFN_PROJECTION, "mlp.linear_fc2"),
-            "self_attn.o_proj": (PlaceKind.ATTENTION_PROJECTION, "self_attention.linear_proj"),
+            # Each layer has one of the first; c_proj: Starcoder2; fc2: Phi; dense_4h_to_h: Persimmon.
+            **{
+                f"mlp.{name}": (PlaceKind.FFN_PROJECTION, "mlp.linear_fc2")
+                for name in ("down_proj", "c_proj", "fc2", "dense_4h_to_h")
+            },
+            **{
+                f"self_attn.{name}": (PlaceKind.ATTENTION_PROJECTION, "self_attention.linear_proj")
+                for name in ("o_proj", "dense")
+            },
+            **{
+                f"mlp.{name}.down_proj": (PlaceKind.SHARED_EXPERT_PROJECTION, "mlp.shared_experts.linear_fc2")
+                for name in ("shared_experts", "shared_expert")
+            },
         },
         norms=(
             # Llama, Mistral, Qwen, Gemma 1, Phi-3.
@@ -101,9 +114,19 @@ FAMILIES = {
                 # Multi-latent attention: low-rank projections with norms over the rank.
                 *(f"self_attn.{name}" for name in ("q_a_proj", "q_a_layernorm", "q_b_proj")),
                 *(f"self_attn.{name}" for name in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")),
-                *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj")),
+                *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")),
+                *(f"self_attn.{name}" for name in ("query_key_value", "q_layernorm", "k_layernorm")),
+                # Routers: their outputs are the experts, which are scored, or named where they are not.
+                *(f"mlp.{name}" for name in ("gate", "router", "shared_expert_gate")),
+                "block_sparse_moe.router",
+                *(
+                    f"mlp.{shared}.{name}"
+                    for shared in ("shared_experts", "shared_expert")
+                    for name in ("gate_proj", "up_proj")
+                ),
             }
         ),
+        experts=("mlp.experts", "block_sparse_moe.experts"),
         outer_norms={"norm": "decoder.final_layernorm", "final_layernorm": "decoder.final_layernorm"},
         outer_inputs=frozenset({"embed_tokens"}),
     ),
@@ -124,6 +147,7 @@ FAMILIES = {
         inputs=frozenset(
             {"attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"},
         ),
+        experts=(),
         outer_norms={"..embeddings.LayerNorm": "embedding.layernorm"},
         outer_inputs=frozenset(f"..embeddings.{name}_embeddings" for name in ("word", "position", "token_type")),
     ),

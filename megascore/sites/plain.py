@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from megascore.errors import ModelError
 from megascore.parallel.axes import Axis, Placement, Role
 from megascore.parallel.comm import world_rank, world_size
-from megascore.sites.families import FAMILIES, HEADS, Family
+from megascore.sites.families import HEADS
 from megascore.sites.heads import config_kv_heads, plain_heads
 from megascore.sites.inventory import is_norm, joined, norm_width, unaccounted
 from megascore.sites.places import Place, first_tensor
+from megascore.sites.plain_experts import ExpertReader, FusedExperts
 from megascore.sites.targets import PlaceKind
+from megascore.sites.towers import find_tower
 
 __all__ = ["PlainModelView"]
+
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""What configs call the number of experts that a token goes to."""
 
 
 class PlainModelView:
@@ -35,8 +40,10 @@ class PlainModelView:
     def __init__(self, model: nn.Module) -> None:
         """Find the layers and read the model's sizes from its config."""
         self.modules: Sequence[nn.Module] = (model,)
-        self._family, self._prefix, self._layers = _find_layers(model)
-        self._config = _text_config(model)
+        tower = find_tower(model)
+        self._family, self._layers = tower.family, tower.layers
+        self._prefix = f"{tower.holder}." if tower.holder else ""
+        self._config = _text_config(model, tower.holder)
         self._hidden_size = int(self._config.hidden_size)
 
     @cached_property
@@ -52,7 +59,27 @@ class PlainModelView:
             # With multi-latent attention each head has keys and values of its own.
             "num_kv_heads": heads if hasattr(config, "kv_lora_rank") else config_kv_heads(config) or heads,
             "head_dim": _head_size(config),
-            "ffn_hidden_size": config.intermediate_size,
+            "ffn_hidden_size": self._ffn_size(),
+            **self._expert_facts(),
+        }
+
+    def _ffn_size(self) -> int:
+        """Return what the first FFN that is scored has; of a model without any, what the config says, or 0."""
+        widths = (p.placement.shard.total for p in self.places if p.kind is PlaceKind.FFN_PROJECTION)
+        return next(widths, int(getattr(self._config, "intermediate_size", None) or 0))
+
+    def _expert_facts(self) -> Mapping[str, int]:
+        """Return the sizes of the experts that are scored; empty where there are none."""
+        first = {place.kind: place.placement.shard.total for place in reversed(self.places)}
+        if PlaceKind.ROUTED_EXPERTS not in first:
+            return {}
+        chosen = (getattr(self._config, name, None) for name in EXPERTS_PER_TOKEN)
+        number = next((int(value) for value in chosen if value), None)
+        return {
+            "num_experts": first[PlaceKind.ROUTED_EXPERTS],
+            **({} if number is None else {"experts_per_token": number}),
+            "expert_ffn_size": first[PlaceKind.ROUTED_EXPERT_PROJECTION],
+            "shared_expert_ffn_size": first.get(PlaceKind.SHARED_EXPERT_PROJECTION, 0),
         }
 
     @cached_property
@@ -92,6 +119,9 @@ class PlainModelView:
                 if isinstance(getattr(modules.get(module_name), "in_features", None), int):
                     local_name = f"{path}.{module_name}"
                     yield from self._projection(kind, f"{name}.{global_name}", modules, module_name, local_name)
+            for module_name in self._family.experts:
+                if module_name in modules and FusedExperts.is_one(modules[module_name]):
+                    yield from self._experts(f"{name}.mlp", modules[module_name], f"{path}.{module_name}")
             for module_name, global_name in self._norms_of(layer).items():
                 yield self._norm(f"{name}.{global_name}", modules[module_name], f"{path}.{module_name}")
         modules = dict(self.modules[0].named_modules())
@@ -127,6 +157,18 @@ class PlainModelView:
         yield replace(place, num_competing_groups=heads.num_kv_heads)
         if heads.num_kv_heads is not None:
             yield self._place(PlaceKind.KV_HEADS, name, module, local_name, heads.num_kv_heads)
+
+    def _experts(self, name: str, module: nn.Module, local_name: str) -> Iterator[Place]:
+        experts = FusedExperts(f"{name}.experts", module)
+        for expert in (None, *range(experts.num_experts)):
+            reader = ExpertReader(experts, expert)
+            common: dict[str, Any] = {"read": reader.read, "local_mask": reader.mask}
+            if expert is None:
+                place = self._place(PlaceKind.ROUTED_EXPERTS, experts.name, module, local_name, experts.num_experts)
+            else:
+                kind, inside = PlaceKind.ROUTED_EXPERT_PROJECTION, f"{experts.name}.{expert}.linear_fc2"
+                place = self._place(kind, inside, module, local_name, experts.ffn_size)
+            yield replace(place, **common)
 
     def _norm(self, name: str, module: nn.Module, local_name: str) -> Place:
         return self._place(PlaceKind.NORM, name, module, local_name, self._hidden_size)
@@ -180,33 +222,25 @@ def _sequence_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1) if tensor.dim() == 3 else tensor
 
 
-def _find_layers(model: nn.Module) -> tuple[Family, str, nn.ModuleList]:
-    """Return the family, the prefix of the name of the module that holds the layers, and the layers."""
-    for name, module in model.named_modules():
-        for family in FAMILIES.values():
-            # Among its own children: a compiled model has the attributes of the one inside as well.
-            layers = dict(module.named_children()).get(family.list_name)
-            if isinstance(layers, nn.ModuleList) and any(hasattr(layer, family.marker) for layer in layers):
-                return family, (f"{name}." if name else ""), layers
-    children = ", ".join(name for name, _ in model.named_children())
-    known = " or ".join(f"'{family.list_name}' with '{family.marker}' inside" for family in FAMILIES.values())
-    raise ModelError(
-        f"{type(model).__name__} has no {known} (found: {children}). Plain models need the module names of the Llama "
-        "family (mlp.down_proj, self_attn.o_proj) or of BERT; a Megatron-Core model is recognised by its own class."
-    )
-
-
 def _head_size(config: Any) -> int:
     """Return the size of a head's part of the attention's output."""
     sizes = (getattr(config, name, None) for name in ("v_head_dim", "head_dim"))
     return next((int(size) for size in sizes if size), config.hidden_size // config.num_attention_heads)
 
 
-def _text_config(model: nn.Module) -> Any:
-    """Return the config with the sizes of the decoder, below any wrapper."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
+def _text_config(model: nn.Module, holder: str) -> Any:
+    """Return the config with the sizes of the layers: of what holds them, or of the next module around it."""
+    modules, path = dict(model.named_modules()), holder
+    around = [path]
+    while path:
+        path = path.rpartition(".")[0]
+        around.append(path)
+    for name in around:
+        config = getattr(modules[name], "config", None)
         config = getattr(config, "text_config", None) or config
-        if config is not None and hasattr(config, "num_attention_heads"):
+        if config is not None and all(hasattr(config, size) for size in ("num_attention_heads", "hidden_size")):
             return config
-    raise ModelError(f"{type(model).__name__} has no Hugging Face 'config' with num_attention_heads: attach needs one.")
+    raise ModelError(
+        f"{type(model).__name__} has no Hugging Face 'config' with num_attention_heads and hidden_size: attach "
+        "needs one."
+    )

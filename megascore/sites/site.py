@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from megascore.sites.targets import PlaceKind
 __all__ = [
     "SCORE",
     "Presence",
+    "Present",
     "Site",
     "build_sites",
     "check_places",
@@ -42,6 +43,16 @@ SCORE = "score"
 
 Presence = Callable[[nn.Module], AbstractContextManager[Any]]
 """Has the weights of a module on its device inside."""
+
+
+class Present(NamedTuple):
+    """What a model has of what was asked for, and what nothing is known to score."""
+
+    requests: tuple[ScoreRequest, ...]
+    """Those that the model has modules for."""
+    not_scored: Mapping[str, str]
+    """Global names of modules with channels, heads, features or experts that no score is of, with what they are; the
+    same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ def hook_at(place: Place, request: ScoreRequest) -> PlacedHook:
     return hook
 
 
-def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:
+def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> Present:
     """Return the requests without those that may be left out, and are for nothing that the model has.
 
     Collective over the world. Rank 0 warns of what the model has, but the view does not know.
@@ -165,12 +176,13 @@ def present_requests(view: ModelView, requests: Sequence[ScoreRequest]) -> tuple
     """
     gathered = gather_objects(({place.kind for place in view.places}, tuple(view.unknown)))
     found = {kind for kinds, _ in gathered for kind in kinds}
-    unknown = grouped(name for _, names in gathered for name in names)
+    lines = list(dict.fromkeys(name for _, names in gathered for name in names))
+    unknown = grouped(lines)
     present = requests_present_in(found, requests, unknown)
     if unknown:
         # Gathered, so the same on all ranks. A warning can be an error.
         agree("telling what is unknown", lambda: _warn_of_unknown(unknown))
-    return present
+    return Present(present, dict(line.split(": ", 1) for line in lines))
 
 
 def _warn_of_unknown(unknown: Sequence[str]) -> None:
