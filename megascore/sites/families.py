@@ -118,6 +118,7 @@ FAMILIES = {
                 *(f"self_attn.{name}" for name in ("query_key_value", "q_layernorm", "k_layernorm")),
                 # Routers: their outputs are the experts, which are scored, or named where they are not.
                 *(f"mlp.{name}" for name in ("gate", "router", "shared_expert_gate")),
+                "mlp.expert_bias",
                 "block_sparse_moe.router",
                 *(
                     f"mlp.{shared}.{name}"

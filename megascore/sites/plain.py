@@ -17,6 +17,7 @@ from megascore.errors import ModelError
 from megascore.parallel.axes import Axis, Placement, Role
 from megascore.parallel.comm import world_rank, world_size
 from megascore.sites.families import HEADS
+from megascore.sites.flat_tokens import FlatTokens
 from megascore.sites.heads import config_kv_heads, plain_heads
 from megascore.sites.inventory import is_norm, joined, norm_width, unaccounted
 from megascore.sites.places import Place, first_tensor
@@ -118,7 +119,11 @@ class PlainModelView:
                 # Others, such as a sum of several products, have no inputs of which each is one column of a weight.
                 if isinstance(getattr(modules.get(module_name), "in_features", None), int):
                     local_name = f"{path}.{module_name}"
-                    yield from self._projection(kind, f"{name}.{global_name}", modules, module_name, local_name)
+                    found = self._projection(kind, f"{name}.{global_name}", modules, module_name, local_name)
+                    if kind is PlaceKind.SHARED_EXPERT_PROJECTION:
+                        tokens = FlatTokens(f"{name}.{global_name}", layer)
+                        found = (replace(place, read=tokens.read, mask_follower=tokens) for place in found)
+                    yield from found
             for module_name in self._family.experts:
                 if module_name in modules and FusedExperts.is_one(modules[module_name]):
                     yield from self._experts(f"{name}.mlp", modules[module_name], f"{path}.{module_name}")

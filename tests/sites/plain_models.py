@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "TOKENS", "l2_norm", "make_model"]
+__all__ = ["MODELS", "TOKENS", "l2_norm", "make_model", "record"]
 
 SIZES = {
     "hidden_size": 32,
@@ -98,3 +98,25 @@ def make_model(model_type: str, **changes: Any) -> nn.Module:
 def l2_norm(x_BSC: Tensor) -> Tensor:
     """Return the `L2NormHook` vector [C] of activations."""
     return (x_BSC.double().abs().mean(1) ** 2).sum(0).sqrt()
+
+
+def record(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the first input and the first output of each module, by its name."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else kwargs.get("hidden_states")
+            returned = output[0] if isinstance(output, tuple) else output
+            if isinstance(given, Tensor) and isinstance(returned, Tensor):
+                inputs[name], outputs[name] = given.detach().clone(), returned.detach().clone()
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in model.named_modules()]
+    with torch.no_grad():
+        model(TOKENS)
+    for handle in handles:
+        handle.remove()
+    return inputs, outputs

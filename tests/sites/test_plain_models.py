@@ -21,7 +21,7 @@ from megascore.scores.ranking import rankings
 from megascore.sites.plain import PlainModelView
 from megascore.sites.targets import PlaceKind
 from tests.blockwise.tiny_decoder import TinyDecoder, make_batches
-from tests.sites.plain_models import MODELS, TOKENS, l2_norm, make_model
+from tests.sites.plain_models import MODELS, TOKENS, l2_norm, make_model, record
 
 UNKNOWN = {"qwen3_next": ["decoder.layers.0.linear_attn: Qwen3NextGatedDeltaNet"]}
 NO_SITES = re.compile(
@@ -185,28 +185,6 @@ def test_a_model_of_which_nothing_is_known_is_refused_by_names() -> None:
     model.extra = nn.Linear(2, 2)
     with pytest.raises(ModelError, match="target 'ffn' matches no module .* extra: Linear"):
         megascore.attach(model, scores=[{"target": "ffn"}])
-
-
-def record(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the first input and the first output of each module, by its name."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else kwargs.get("hidden_states")
-            returned = output[0] if isinstance(output, tuple) else output
-            if isinstance(given, Tensor) and isinstance(returned, Tensor):
-                inputs[name], outputs[name] = given.detach().clone(), returned.detach().clone()
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in model.named_modules()]
-    with torch.no_grad():
-        model(TOKENS)
-    for handle in handles:
-        handle.remove()
-    return inputs, outputs
 
 
 def assert_equal(value: Tensor, expected: Tensor) -> None:
