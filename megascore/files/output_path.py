@@ -20,8 +20,7 @@ def check_output_path(path: str | Path, overwrite: bool) -> None:
     Raises:
         ScoreFileError: a file is there and `overwrite` is false, or nothing can be written there.
     """
-    target = Path(path)
-    _refuse_existing(target, overwrite)
+    target = _followed(Path(path), overwrite)
     folder = target.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -43,8 +42,7 @@ def write_output(path: str | Path, content: bytes, overwrite: bool) -> None:
     Raises:
         ScoreFileError: a file is there and `overwrite` is false, or the system refuses.
     """
-    target = Path(path)
-    _refuse_existing(target, overwrite)
+    target = _followed(Path(path), overwrite)
     try:
         # Asked again at the end: somebody may have written it during the run.
         write_whole(target, content, before_rename=lambda: _refuse_existing(target, overwrite))
@@ -54,6 +52,25 @@ def write_output(path: str | Path, content: bytes, overwrite: bool) -> None:
         ) from error
 
 
+def _followed(path: Path, overwrite: bool) -> Path:
+    """Return where a file is written: behind a link the file that it points to, so that the link stays one.
+
+    Raises:
+        ScoreFileError: something is there that may not be replaced.
+    """
+    _refuse_existing(path, overwrite)
+    if not path.is_symlink():
+        return path
+    try:
+        target = path.resolve(strict=False)
+    except (OSError, RuntimeError) as error:
+        raise ScoreFileError(f"can't write {path}: it is a link that leads nowhere ({error}).") from error
+    if not target.parent.is_dir():
+        raise ScoreFileError(f"can't write {path}: it is a link into {target.parent}, and there is no such folder.")
+    _refuse_existing(target, overwrite)
+    return target
+
+
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     try:
         is_folder, exists = target.is_dir(), os.path.lexists(target)
@@ -61,6 +78,11 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise ScoreFileError(f"can't write {target}: {error.strerror or error}. Choose another path.") from error
     if is_folder:
         raise ScoreFileError(f"can't write {target}: it is a folder. Give the path of a file in it.")
+    if exists and not target.is_file() and (not target.is_symlink() or target.exists()):
+        raise ScoreFileError(
+            f"can't write {target}: it is a device, a pipe or a socket, and a score file is a regular file. Choose "
+            "another path."
+        )
     if exists and not overwrite:
         raise ScoreFileError(
             f"{target} exists already: choose another path, or allow replacing it (run.overwrite=true)."

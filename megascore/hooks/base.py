@@ -49,6 +49,7 @@ class ForwardHook(AccumulatingHook):
 
         Raises:
             AssertionError: no activations have been collected.
+            HookStateError: they were NaN or infinite, or overflowed.
         """
         return self._results()["score"]
 
@@ -64,6 +65,11 @@ class ForwardHook(AccumulatingHook):
         merged = self.merged_state()
         self._require_data(merged)
         results = self.compute(merged, num_calls=int(merged["num_calls"]))
+        if not bool(results["score"].isfinite().all()):
+            raise HookStateError(
+                f"{type(self).__name__}: scores are not finite: the activations or weights that it has seen overflow, "
+                "or hold NaN. Check the weights, or run the model in float32."
+            )
         return {n: v.to(self._result_dtype) if v.is_floating_point() else v for n, v in results.items()}
 
     def state_dict(self) -> dict[str, Any]:

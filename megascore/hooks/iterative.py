@@ -204,7 +204,7 @@ class IterativeChannelContributionHook(
         """Return ``score`` [C] int64, 0 = least important, and ``channels_importance_ascending`` [C] int64.
 
         Raises:
-            HookStateError: iterations are missing, or one had no token that counts.
+            HookStateError: iterations are missing, one had no token that counts, or something was not finite.
         """
         self._require_data(state)
         done = int(state["curr_iter"])
@@ -218,6 +218,11 @@ class IterativeChannelContributionHook(
             raise HookStateError(
                 f"{type(self).__name__}: the mask of an iteration left no token, so what it pruned means nothing; "
                 "leave out calls without tokens."
+            )
+        if not bool(state["agg_contribution"].isfinite().all()):
+            raise HookStateError(
+                f"{type(self).__name__} has seen activations or weights that are NaN or infinite, so its order means "
+                "nothing: check the weights, or run the model in float32."
             )
         score = state["prune_position"] - 1
         return {"score": score, "channels_importance_ascending": torch.argsort(score)}
@@ -268,7 +273,8 @@ class IterativeChannelContributionHook(
         )
         if number:
             self._prune(number)
-            self._state["agg_contribution"].zero_()
+            # What is not finite stays so, and is found at the end of the step, or in `compute`.
+            self._state["agg_contribution"].mul_(0)
         self._iteration += 1
         self._state["curr_iter"].fill_(self._iteration)
         self._count_call(count)

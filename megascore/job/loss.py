@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -44,7 +46,19 @@ class LossTotal:
     def mean(self) -> float | None:
         """Return the mean loss in nats per token; None where documents of one token each predict nothing.
 
-        Collective over the world.
+        None, too, where it is NaN or infinite, of which rank 0 warns: scores are taken before the output layer, and
+        stay. Collective over the world.
         """
         nats, num_tokens = self.sums()["loss"].tolist()
-        return float(nats / num_tokens) if num_tokens else None
+        if not num_tokens:
+            return None
+        loss = float(nats / num_tokens)
+        if math.isfinite(loss):
+            return loss
+        if world_rank() == 0:
+            warnings.warn(
+                f"the loss over {num_tokens:.0f} tokens is {loss}, while scores are finite: check the weights of the "
+                "output layer. The score file has the scores, and null for the loss.",
+                stacklevel=2,
+            )
+        return None

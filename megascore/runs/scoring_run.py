@@ -19,6 +19,7 @@ from megascore.parallel.merge import Part, Plan, merge_over_world
 from megascore.parallel.placed import PlacedHook
 from megascore.process.closing import Closing
 from megascore.runs.evaluation import Evaluation
+from megascore.runs.finiteness import check_finite
 from megascore.runs.results import Results, conclude
 from megascore.scores.score_file import Scores
 from megascore.sites.places import ModelView
@@ -76,6 +77,8 @@ class ScoringRun(Closing):
         self._token_mask: Tensor | None = None
         self._evaluation = Evaluation(view.modules)
         self._is_open = True
+        self._order: dict[str, None] = {}
+        """Keys of the sites, in the order in which they have run first."""
         self._warned_of_training = False
         self._handles: list[RemovableHandle] = []
         for site in self.sites:
@@ -151,8 +154,12 @@ class ScoringRun(Closing):
 
         Collective over the groups of the axes that split the sequence, one all-reduce for each such axis however many
         hooks there are, and none where no axis does. Every rank of such a group has run the same micro-batches.
+
+        Raises:
+            ModelError: what this rank has measured is NaN or infinite; the first module of that kind is named.
         """
         self._settle()
+        check_finite(self.sites, list(self._order), self.num_steps)
         self.num_steps += 1
 
     def merged_states(self) -> dict[str, dict[str, Tensor]]:
@@ -257,6 +264,7 @@ class ScoringRun(Closing):
             if module.training:
                 self._warn_of_training()
             with torch.no_grad():
+                self._order.setdefault(site.key)
                 inputs, first_output = site.place.read(args, kwargs, output)
                 mask = self._token_mask
                 local_mask = None if mask is None else site.place.local_mask(mask.to(inputs.device), inputs)

@@ -248,3 +248,36 @@ def test_keys_split_into_their_parts() -> None:
     key = split_key(LAYERS)
     assert (key.site, key.target, key.method) == ("decoder", "layers", "block_similarity")
     assert str(key) == LAYERS
+
+
+def test_replacing_is_for_regular_files_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for special in (pipe, Path("/dev/null")):
+        for write in (
+            lambda path: check_output_path(path, overwrite=True),
+            lambda path: make_scores().save(path, True),
+        ):
+            with pytest.raises(ScoreFileError, match="a device, a pipe or a socket"):
+                write(special)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_a_link_is_followed_and_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("old")
+    with pytest.raises(ScoreFileError, match="exists already"):
+        make_scores().save(tmp_path / "link")
+    make_scores().save(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert load_scores(tmp_path / "old") == load_scores(tmp_path / "link")
+
+
+def test_links_to_no_file_and_to_devices_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "lost").symlink_to("no/such/folder")
+    (tmp_path / "device").symlink_to("/dev/null")
+    for name, message in (("lost", "no such folder"), ("device", "a device, a pipe or a socket")):
+        with pytest.raises(ScoreFileError, match=message):
+            make_scores().save(tmp_path / name, overwrite=True)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
