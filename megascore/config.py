@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from megascore.errors import ConfigError
 from megascore.sites.requests import resolve_scores
+from megascore.typed_text import layer_of_file, layer_of_override, text_keys
 
 __all__ = ["DataConfig", "JobConfig", "ModelConfig", "ParallelConfig", "RunConfig", "load_config"]
 
@@ -240,7 +241,8 @@ class JobConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a YAML file and ``key=value`` overrides into a checked config.
 
-    Relative paths stay relative to the working directory, as with other torchrun programs.
+    Relative paths stay relative to the working directory, as with other torchrun programs. Keys that hold text keep it
+    as it was typed: ``run.checkpoint_dir=4711_3`` is the folder ``4711_3``, not a number.
 
     Args:
         path: YAML file with the sections of `JobConfig`.
@@ -264,7 +266,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
             raise ConfigError(
                 f"config file {source} holds {type(given).__name__}, expected sections such as 'model:' and 'run:'."
             )
-        layers = [given, *(OmegaConf.from_dotlist([override]) for override in overrides)]
+        keys = text_keys(JobConfig)
+        # Read a second time: errors of the first have the lines of the file.
+        given = layer_of_file(source.read_text(encoding="utf-8"), keys)
+        layers = [given, *(layer_of_override(override, keys) for override in overrides)]
         for layer in layers:
             _check_sections(layer)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JobConfig), *layers))

@@ -82,6 +82,7 @@ ROOMS = (
     "hooks",
     "parallel",
     "sites",
+    "typed_text",
     "config",
     "scores",
     "runs",
