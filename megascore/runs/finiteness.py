@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megascore.errors import ModelError
-from megascore.parallel.comm import world_rank, world_size
+from megascore.parallel.comm import gather_objects, max_over_world, world_rank, world_size
 from megascore.sites.site import Site
 
 __all__ = ["check_finite"]
 
 
 def check_finite(sites: Sequence[Site], order: Sequence[str], step: int) -> None:
-    """Refuse accumulators with NaN or infinity. Not collective; waits for the device once.
+    """Refuse accumulators with NaN or infinity. Collective over the world: one all-reduce; waits for the device once.
 
     Only what counts is in them: tokens that a mask leaves out may be anything.
 
@@ -25,20 +26,29 @@ def check_finite(sites: Sequence[Site], order: Sequence[str], step: int) -> None
         step: Number of the step that ends, from 0.
 
     Raises:
-        ModelError: naming the first module, the rank and the step.
+        ModelError: on all ranks, naming the first module of the whole model, its rank and the step.
     """
-    values = [value for site in sites for value in _floats(site)]
-    if not values or _all_finite(values):
+    is_bad = not _all_finite([value for site in sites for value in _floats(site)])
+    if not max_over_world([int(is_bad)])[0]:
         return
+    found = [first for first in gather_objects(_first(sites, order) if is_bad else None) if first is not None]
+    _, rank, name, score = min(found)
+    where = f" on rank {rank}" if world_size() > 1 else ""
+    raise ModelError(
+        f"step {step}: what {name} gives{where} for {score} is NaN or infinite, the first that runs of what is scored. "
+        "Check the weights of this module and of those before it, or run the model in float32. No scores are written."
+    )
+
+
+def _first(sites: Sequence[Site], order: Sequence[str]) -> tuple[float, int, str, str]:
+    """Return layer, rank, name and score of this rank's first place that is not finite."""
     bad = {site.key: site for site in sites if not _all_finite(_floats(site))}
     first = bad[next((key for key in order if key in bad), next(iter(bad)))]
-    where = f" (on rank {world_rank()})" if world_size() > 1 else ""
-    raise ModelError(
-        f"step {step}: what {first.place.name} gives{where} for {first.request.target}/{first.request.method} is NaN "
-        f"or infinite; of the {len(sites)} scored places here {len(bad)} are not finite, and this one is the first "
-        "that runs. Check the weights of this module and of those before it, or run the model in float32. No scores "
-        "are written."
-    )
+    layer = re.match(r"decoder\.layers\.(\d+)", first.place.name)
+    # Outside of the layers is what stands behind them, but for embeddings.
+    last = -1.0 if first.place.name.startswith("embedding") else float("inf")
+    score = f"{first.request.target}/{first.request.method}"
+    return float(layer[1]) if layer else last, world_rank(), first.place.name, score
 
 
 def _floats(site: Site) -> list[Tensor]:

@@ -152,11 +152,12 @@ class ScoringRun(Closing):
     def step(self) -> None:
         """End a step: ranks that hold parts of the same samples add them up.
 
-        Collective over the groups of the axes that split the sequence, one all-reduce for each such axis however many
-        hooks there are, and none where no axis does. Every rank of such a group has run the same micro-batches.
+        Collective over the world, in one all-reduce of a number that tells whether all is finite, and over the groups
+        of the axes that split the sequence, one all-reduce for each such axis however many hooks there are. Every rank
+        of such a group has run the same micro-batches.
 
         Raises:
-            ModelError: what this rank has measured is NaN or infinite; the first module of that kind is named.
+            ModelError: on all ranks: what was measured is NaN or infinite; the first module of that kind is named.
         """
         self._settle()
         check_finite(self.sites, list(self._order), self.num_steps)

@@ -209,3 +209,48 @@ def test_float16_weights_are_read_in_the_type_asked_for(model: Path, text: Path,
     scores = megascore.load_scores(tmp_path / "scores.safetensors")
     assert scores.metadata["loss"] is None
     assert scores.metadata["model"]["dtype"] == "bfloat16"
+
+
+def spoiled(model: Path, folder: Path, name: str) -> Path:
+    """Return a copy of a checkpoint with a NaN in the first row of a tensor."""
+    shutil.copytree(model, folder)
+    tensors = {key: value.clone() for key, value in load_file(model / "model.safetensors").items()}
+    tensors[name][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+@pytest.mark.parametrize("one_at_a_time", ["false", "true"])
+def test_what_is_not_a_number_ends_the_job_at_its_step(
+    parallel: str, one_at_a_time: str, model: Path, text: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    bad = spoiled(model, tmp_path / "bad", "model.layers.2.mlp.up_proj.weight")
+    output = tmp_path / "run" / "scores.safetensors"
+    ranks = world.run(
+        2,
+        run_on_rank,
+        bad,
+        text,
+        output,
+        f"parallel.{parallel}=2",
+        f"run.blockwise={one_at_a_time}",
+        "run.loss=false",
+        "scores=[{target: ffn}]",
+        timeout=120.0,
+    )
+    told = "\n".join(str(rank) for rank in ranks)
+    first = "ModelError: step 0: what decoder.layers.2.mlp.linear_fc2 gives on rank "
+    assert all(str(rank).startswith(first) for rank in ranks), told
+    assert not output.exists()
+
+
+def test_a_loss_that_is_not_a_number_is_told_and_the_scores_are_kept(text: Path, tmp_path: Path) -> None:
+    good = save_tokenizer(save_checkpoint(tmp_path / "good", "llama", tie_word_embeddings=False))
+    bad = spoiled(good, tmp_path / "bad", "lm_head.weight")
+    output = tmp_path / "scores.safetensors"
+    with pytest.warns(UserWarning, match="the loss over .* is nan, while scores are finite"):
+        run(bad, text, output)
+    scores = megascore.load_scores(output)
+    assert scores.metadata["loss"] is None
+    assert len(scores)

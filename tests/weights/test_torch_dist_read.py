@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megascore.errors import ModelError
+from megascore.weights.torch_dist.checkpoint import find_iteration
 from megascore.weights.torch_dist.index import CheckpointIndex
 from megascore.weights.torch_dist.read import fill_from_part, overlaps
 
@@ -138,3 +139,13 @@ def test_what_is_not_as_the_index_says_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).unlink()
     with pytest.raises(ModelError, match=r"__0_0\.distcp, which holds 'weight', cannot be read: .*No such file"):
         fill_from_part(target, tmp_path, NAME, part, where)
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_legacy_checkpoint_is_called_that(above: bool, tmp_path: Path) -> None:
+    iteration = tmp_path / "iter_0000100"
+    (iteration / "mp_rank_00_000").mkdir(parents=True)
+    (iteration / "mp_rank_01_000").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
+    with pytest.raises(ModelError, match=r"is a legacy checkpoint .* mp_rank_00_000 and 1 more"):
+        find_iteration(tmp_path if above else iteration)

@@ -21,6 +21,7 @@ __all__ = ["EMBEDDING", "MegatronCheckpoint", "find_iteration"]
 
 EMBEDDING = "embedding.word_embeddings.weight"
 LATEST = "latest_checkpointed_iteration.txt"
+LEGACY_RANKS = "mp_rank_[0-9]*"
 NO_WEIGHTS = re.compile(r"(^|\.)(optimizer|chained_\d+|rng_state|rerun_state_machine_state)(\.|$|/)|_extra_state")
 
 
@@ -36,6 +37,7 @@ def find_iteration(folder: str | Path) -> Path:
     if (root / "metadata.json").is_file():
         return root
     latest = root / LATEST
+    _refuse_legacy(root)
     if not latest.is_file():
         raise ModelError(
             f"{root} has neither metadata.json nor {LATEST}: model.load expects a checkpoint that Megatron saved with "
@@ -43,9 +45,20 @@ def find_iteration(folder: str | Path) -> Path:
         )
     iteration = latest.read_text(encoding="utf-8", errors="replace").strip()
     name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+    _refuse_legacy(root / name)
     if name not in {path.name for path in root.iterdir()} or not (root / name / "metadata.json").is_file():
         raise ModelError(f"{latest} says '{iteration}', but {root / name} has no metadata.json: expected a checkpoint.")
     return root / name
+
+
+def _refuse_legacy(folder: Path) -> None:
+    ranks = sorted(path.name for path in folder.glob(LEGACY_RANKS)) if folder.is_dir() else []
+    if ranks:
+        raise ModelError(
+            f"{folder} is a legacy checkpoint (--ckpt-format torch: {ranks[0]} and {len(ranks) - 1} more ranks), which "
+            "can only be read in its own layout and by unpickling. Save it with --ckpt-format torch_dist "
+            "(--ckpt-convert-format torch_dist in Megatron-LM), or give the Hugging Face folder as model.hf."
+        )
 
 
 class MegatronCheckpoint:

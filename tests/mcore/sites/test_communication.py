@@ -95,7 +95,8 @@ def test_additive_scores_send_vectors_once(world_size: int, world: WorkerPool, c
         assert traffic["forward"] == traffic["plain forward"]
         # One tensor-parallel group splits the sequence of the norms' samples; data-parallel ranks wait for the end.
         num_norms, float64 = 2 * NUM_LAYERS + 1, 8
-        assert traffic["step"] == (1, num_norms * (SIZES["hidden_size"] + 1) * float64)
+        # Beside them a number goes over the world: whether all is finite.
+        assert traffic["step"] == (2, (num_norms * (SIZES["hidden_size"] + 1) + 1) * float64)
         # All statistics, then all scores: the bytes depend on the model alone.
         assert traffic["finish"][0] == 2
         assert traffic["finish"][1] < 3 * float64 * NUM_LAYERS * (
@@ -108,9 +109,9 @@ def test_the_number_of_collectives_does_not_grow_with_the_hooks(world: WorkerPoo
     few = world.run(4, score_and_measure, checkpoint, parallel, [{"target": "hidden_size"}])[0]
     many = world.run(4, score_and_measure, checkpoint, parallel, all_scores(1))[0]
     assert few["hooks"][0] < many["hooks"][0]
-    assert (few["step"][0], few["finish"][0]) == (1, 2)
+    assert (few["step"][0], few["finish"][0]) == (2, 2)
     # The iterative score agrees over the data-parallel axis as well, and `finish` asks whether anything still waits.
-    assert (many["step"][0], many["finish"][0]) == (2, 4)
+    assert (many["step"][0], many["finish"][0]) == (3, 4)
 
 
 def test_a_world_of_1024_ranks_sends_no_more_than_one_of_8(world: WorkerPool, checkpoint: str) -> None:
@@ -119,8 +120,9 @@ def test_a_world_of_1024_ranks_sends_no_more_than_one_of_8(world: WorkerPool, ch
     small = world.run(1, pretend_ranks, checkpoint, parallel, 16)[0]
     assert pretended == small
     assert pretended["forward"] == pretended["plain forward"]
-    # The axes that split the sequence of a sample: tensor (with sequence parallelism) and context.
-    assert pretended["step"][0] == 2
+    # The axes that split the sequence of a sample: tensor (with sequence parallelism) and context; and
+    # whether all is finite.
+    assert pretended["step"][0] == 3
 
 
 def pretend_ranks(checkpoint: str, parallel: ParallelConfig, world_size: int) -> dict[str, Traffic]:
