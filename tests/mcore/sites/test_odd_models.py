@@ -86,7 +86,7 @@ def test_layers_that_differ_are_scored_as_they_are(world: WorkerPool) -> None:
         (linear_fc2.format(0), "FFN output projection"): 48,
         (linear_fc2.format(1), "FFN output projection"): 24,
     }
-    assert "decoder.layers.2.mlp: ColumnParallelLinearGathered" in told
+    assert "decoder.layers.2.mlp: ColumnParallelLinearGathered, a linear layer in place of attention" in told
     assert "decoder.layers.3.self_attention: ColumnParallelLinearGathered" in told
     assert told.count("decoder.layers") == 2
     norms = {key.rsplit("/", 2)[0] for key in scored if "/hidden_size" in key}
@@ -136,7 +136,8 @@ def test_what_is_beside_the_decoder_is_named_by_rank_0(world: WorkerPool) -> Non
     assert others == ("", "", mamba)
     assert (
         prediction
-        == "megascore does not know these modules, and scores nothing in them: mtp: MultiTokenPredictionBlock."
+        == "megascore does not know these modules, and scores nothing in them: mtp: MultiTokenPredictionBlock, "
+        "which stands behind the decoder and is not part of it."
     )
     assert towers == "megascore does not know these modules, and scores nothing in them: vision_model: Module."
     assert re.search(r"the model has no .*It has, of kinds that are not known: decoder: MambaStack\.", mamba)
@@ -160,8 +161,8 @@ def attach_to_odd_models() -> tuple[str, str, str]:
 
 def test_two_stacks_of_layers_of_which_none_is_the_language_model_are_refused(world: WorkerPool) -> None:
     text, num_sites = world.run(1, attach_to_two_stacks)[0]
-    assert "several stacks of layers, 'vision_model.decoder' and 'language_model'" in text
-    assert "attach to the one to score, such as model.get_submodule('language_model')" in text
+    assert "several stacks of layers ('vision_model.decoder', 'language_model')" in text
+    assert "attach(model, part='language_model')" in text
     # Two layers with attention, MLP and two norms, and the norm behind them.
     assert num_sites == 11
 
@@ -172,6 +173,6 @@ def attach_to_two_stacks() -> tuple[str, int]:
         model.language_model = model.language_model.decoder
         with pytest.raises(ModelError) as caught:
             megascore.attach(model)
-        run = megascore.attach(model.get_submodule("language_model"))
+        run = megascore.attach(model, part="language_model")
         run.close()
         return str(caught.value), len(run.sites)
