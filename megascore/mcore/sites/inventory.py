@@ -32,6 +32,15 @@ INPUTS = frozenset(
 """What in a layer is no site, because its channels are scored elsewhere: as the inputs of an output projection that
 they make, as experts, or, where they are the hidden states, at the norms."""
 
+LINEAR_REPLACEMENT = "a linear layer in place of attention or an MLP, which has no heads or channels of its own"
+REASONS = {
+    "ColumnParallelLinearGathered": LINEAR_REPLACEMENT,
+    "TELayerNormColumnParallelLinearGathered": LINEAR_REPLACEMENT,
+    "CrossAttention": "whose heads read another stack of layers",
+    "MultiTokenPredictionBlock": "which stands behind the decoder and is not part of it",
+}
+"""Why modules of these classes have no score; others are not known at all."""
+
 AROUND_LAYERS = ("embedding", "output_layer")
 """What in a language model makes or reads the hidden states, outside of its layers."""
 
@@ -48,10 +57,10 @@ def decoder_of(chunk: nn.Module) -> list[tuple[str, TransformerBlock]]:
     owners = [f"{name}." for name, module in chunk.named_modules() if name and isinstance(module, LanguageModule)]
     inside = [(name, block) for name, block in blocks if name.startswith(tuple(owners))]
     if len(inside) != 1:
-        names = " and ".join(f"'{name}'" for name, _ in blocks)
+        names = ", ".join(repr(name) for name, _ in blocks)
         raise ModelError(
-            f"{type(chunk).__name__} has several stacks of layers, {names}: attach to the one to score, such as "
-            f"model.get_submodule({blocks[-1][0]!r}), and run the model as ever."
+            f"{type(chunk).__name__} has several stacks of layers ({names}), and does not say which one is its "
+            f"language model. Name the part to score: attach(model, part={blocks[-1][0]!r}), and run the model as ever."
         )
     return inside
 
@@ -69,7 +78,7 @@ def unknown_in_layer(
         hidden_size: Of the model.
     """
     if not isinstance(layer, TransformerLayer):
-        return [f"{name}: {type(layer).__name__}"]
+        return [f"{name}: {_with_reason(type(layer).__name__)}"]
     norms, unnamed = norms_of_layer(layer, hidden_size)
     # A projection is not scored because the norm fused into it is, nor are experts' channels because experts are.
     fused = {norm.path for norm in norms if norm.is_fused}
@@ -82,7 +91,7 @@ def unknown_in_layer(
         for path in unnamed
         if not f"{path}.".startswith(outer)
     ]
-    return [f"{joined(name, path)}: {what}" for path, what in found]
+    return [f"{joined(name, path)}: {_with_reason(what)}" for path, what in found]
 
 
 def unknown_outside(chunk_name: str, chunk: nn.Module) -> Sequence[str]:
@@ -95,7 +104,12 @@ def unknown_outside(chunk_name: str, chunk: nn.Module) -> Sequence[str]:
     }
     for name, _ in decoder_of(chunk):
         known |= {joined(name, "layers"), joined(name, "final_layernorm")}
-    return [f"{joined(chunk_name, path)}: {what}" for path, what in unaccounted(chunk, known)]
+    return [f"{joined(chunk_name, path)}: {_with_reason(what)}" for path, what in unaccounted(chunk, known)]
+
+
+def _with_reason(what: str) -> str:
+    """Return what a module is, with the reason why it has no score where its class tells."""
+    return f"{what}, {REASONS[what]}" if what in REASONS else what
 
 
 def _is_experts(place: Place) -> bool:

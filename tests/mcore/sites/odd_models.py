@@ -69,7 +69,7 @@ class CausalAttention(nn.Module):
         return output.permute(2, 0, 1, 3).flatten(2)
 
 
-def mixed_layers() -> Any:
+def mixed_layers(tensor: int = 1) -> Any:
     """Return a model with 2 KV heads, then with 1 and fewer FFN channels, then parts that are absent or a linear."""
     from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
     from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
@@ -85,6 +85,7 @@ def mixed_layers() -> Any:
     config = HeterogeneousTransformerConfig(
         **{**SIZES, "num_layers": len(blocks)},
         num_query_groups=2,
+        tensor_model_parallel_size=tensor,
         heterogeneous_layers_config_encoded_json=json.dumps({"block_configs": blocks}),
     )
     layers = get_gpt_heterogeneous_layer_spec(config, use_te=False).layer_specs

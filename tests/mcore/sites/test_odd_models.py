@@ -14,6 +14,7 @@ from torch import Tensor
 import megascore
 from megascore.config import ParallelConfig
 from megascore.errors import ModelError
+from megascore.sites.targets import PlaceKind
 from tests.mcore.oracle import Recorder, expected_scores
 from tests.mcore.sites import odd_models
 from tests.pool import WorkerPool
@@ -86,7 +87,7 @@ def test_layers_that_differ_are_scored_as_they_are(world: WorkerPool) -> None:
         (linear_fc2.format(0), "FFN output projection"): 48,
         (linear_fc2.format(1), "FFN output projection"): 24,
     }
-    assert "decoder.layers.2.mlp: ColumnParallelLinearGathered" in told
+    assert "decoder.layers.2.mlp: ColumnParallelLinearGathered, a linear layer in place of attention" in told
     assert "decoder.layers.3.self_attention: ColumnParallelLinearGathered" in told
     assert told.count("decoder.layers") == 2
     norms = {key.rsplit("/", 2)[0] for key in scored if "/hidden_size" in key}
@@ -107,6 +108,75 @@ def look_at_mixed_layers() -> tuple[dict[tuple[str, str], int], str, list[str]]:
             if place.kind.value.startswith(("FFN", "attention output projection, by"))
         }
         return widths, told, list(run.finish())
+
+
+def test_scores_of_layers_that_differ_equal_the_oracle_on_each_number_of_ranks(world: WorkerPool) -> None:
+    expected = world.run(1, score_mixed_layers, 1)[0][0]
+    sizes = {key: len(value) for key, value in expected.items() if "/hidden_size" not in key}
+    linear_proj, linear_fc2 = "decoder.layers.{}.self_attention.linear_proj", "decoder.layers.{}.mlp.linear_fc2"
+    assert sizes == {
+        f"{linear_proj.format(0)}/attention_heads/l2_norm": 4,
+        f"{linear_proj.format(1)}/attention_heads/l2_norm": 4,
+        f"{linear_proj.format(0)}/kv_heads/independent_contribution": 2,
+        f"{linear_proj.format(1)}/kv_heads/independent_contribution": 1,
+        f"{linear_fc2.format(0)}/ffn/l2_norm": 48,
+        f"{linear_fc2.format(1)}/ffn/l2_norm": 24,
+    }
+    for tensor in (1, 2):
+        for _, scores, groups in world.run(tensor, score_mixed_layers, tensor):
+            assert scores.keys() == expected.keys()
+            for key, value in scores.items():
+                # float64: only the order of additions differs.
+                torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=0, msg=key)
+            assert groups == [(4, 2), (4, 1)]
+
+
+def score_mixed_layers(tensor: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[tuple[int | None, int | None]]]:
+    """Expected scores (of one rank), scores, and the heads and KV heads of each layer that has some."""
+    wanted = [{"target": target} for target in ("ffn", "attention_heads", "kv_heads", "hidden_size")]
+    with parallel_world(ParallelConfig(tensor=tensor)):
+        torch.manual_seed(7)
+        model = odd_models.mixed_layers(tensor)
+        recorder = Recorder(model)
+        run, _ = attach(model, wanted)
+        with run:
+            run_model(model)
+            run.step()
+        groups = [
+            (place.num_heads, place.num_competing_groups)
+            for place in run.view.places
+            if place.kind is PlaceKind.ATTENTION_PROJECTION
+        ]
+        expected = expected_of_mixed_layers(model, recorder) if tensor == 1 else {}
+        return expected, dict(run.finish()), groups
+
+
+def expected_of_mixed_layers(model: Any, recorder: Recorder) -> dict[str, Tensor]:
+    """Float64 formulas on each module's own tensors; of 4 heads 2, then 4, share one KV head."""
+    scores, norms = {}, []
+    for name in list(recorder.inputs):
+        if name.endswith("layernorm"):
+            if "Identity" not in type(model.get_submodule(name)).__name__:
+                norms.append(mean_norm(recorder.outputs[name][0]))
+                scores[f"{name}/hidden_size/l2_norm"] = norms[-1]
+        elif name.endswith("linear_fc2"):
+            scores[f"{name}/ffn/l2_norm"] = mean_norm(recorder.inputs[name][0])
+        elif name.endswith("linear_proj"):
+            inputs, weight = recorder.inputs[name][0], recorder.weights[name]
+            heads = mean_norm(inputs).view(4, -1)
+            scores[f"{name}/attention_heads/l2_norm"] = heads.norm(dim=1)
+            width = inputs.shape[-1] // {"0": 2, "1": 1}[name.split(".")[2]]
+            parts = zip(inputs.flatten(0, 1).split(width, 1), weight.split(width, 1), strict=True)
+            scores[f"{name}/kv_heads/independent_contribution"] = torch.stack(
+                [(x @ w.T).norm(dim=1).mean() for x, w in parts]
+            )
+    scores["decoder/hidden_size/l2_norm"] = torch.stack(norms).sum(0)
+    return scores
+
+
+def mean_norm(values: Tensor) -> Tensor:
+    """Mean magnitude over the sequence, then the norm over the samples, of [S, B, C]."""
+    return values.abs().mean(0).norm(dim=0)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +206,8 @@ def test_what_is_beside_the_decoder_is_named_by_rank_0(world: WorkerPool) -> Non
     assert others == ("", "", mamba)
     assert (
         prediction
-        == "megascore does not know these modules, and scores nothing in them: mtp: MultiTokenPredictionBlock."
+        == "megascore does not know these modules, and scores nothing in them: mtp: MultiTokenPredictionBlock, "
+        "which stands behind the decoder and is not part of it."
     )
     assert towers == "megascore does not know these modules, and scores nothing in them: vision_model: Module."
     assert re.search(r"the model has no .*It has, of kinds that are not known: decoder: MambaStack\.", mamba)
@@ -160,8 +231,8 @@ def attach_to_odd_models() -> tuple[str, str, str]:
 
 def test_two_stacks_of_layers_of_which_none_is_the_language_model_are_refused(world: WorkerPool) -> None:
     text, num_sites = world.run(1, attach_to_two_stacks)[0]
-    assert "several stacks of layers, 'vision_model.decoder' and 'language_model'" in text
-    assert "attach to the one to score, such as model.get_submodule('language_model')" in text
+    assert "several stacks of layers ('vision_model.decoder', 'language_model')" in text
+    assert "attach(model, part='language_model')" in text
     # Two layers with attention, MLP and two norms, and the norm behind them.
     assert num_sites == 11
 
@@ -172,6 +243,6 @@ def attach_to_two_stacks() -> tuple[str, int]:
         model.language_model = model.language_model.decoder
         with pytest.raises(ModelError) as caught:
             megascore.attach(model)
-        run = megascore.attach(model.get_submodule("language_model"))
+        run = megascore.attach(model, part="language_model")
         run.close()
         return str(caught.value), len(run.sites)
