@@ -57,10 +57,8 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
             supported.
     """
     values, family = _read_values(directory)
-    num_layers, num_heads = (
-        values.positive("num_hidden_layers", most=MOST_LAYERS),
-        values.positive("num_attention_heads"),
-    )
+    num_layers = values.positive("num_hidden_layers", most=MOST_LAYERS)
+    num_heads = values.positive("num_attention_heads")
     hidden_size = values.positive("hidden_size")
     window, sliding_layers = _sliding(values, family, num_layers)
     experts, router = family.read_experts(values, num_layers) if family.read_experts else (None, {})

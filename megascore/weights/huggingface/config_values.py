@@ -127,6 +127,5 @@ class ConfigValues:
         """
         value = self.get(key, default)
         if value != supported:
-            raise UnsupportedModelError(
-                f"{self.path}: {key}={reprlib.repr(value).strip(chr(39))} is not supported; supported: {supported}."
-            )
+            shown = value if isinstance(value, str) else reprlib.repr(value)
+            raise UnsupportedModelError(f"{self.path}: {key}={shown} is not supported; supported: {supported}.")
