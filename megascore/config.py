@@ -280,9 +280,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
             .replace("AnyNode is not a ListConfig, TupleConfig, list, or tuple", "expected a list")
         )
         raise ConfigError(f"config {source}{_overrides_text(overrides)}: {error.full_key or 'it'}: {what}") from error
+    except RecursionError as error:
+        raise ConfigError(f"config {source}{_overrides_text(overrides)} is nested too deeply to be read.") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {source}{_overrides_text(overrides)} is not YAML: {error}") from error
     assert isinstance(config, JobConfig)
+    _refuse_nul(config)
     return config
 
 
@@ -298,6 +301,14 @@ def _check_sections(layer: DictConfig) -> None:
             raise ConfigError(
                 f"{name} is {layer[name]!r}, but it is a section: give its keys, such as {SECTIONS[name]}."
             )
+
+
+def _refuse_nul(config: JobConfig) -> None:
+    """Refuse what no file can be called, before a system call does."""
+    for name in SECTIONS:
+        for key, value in vars(getattr(config, name)).items():
+            if isinstance(value, str) and "\0" in value:
+                raise ConfigError(f"{name}.{key} is {value!r}: expected a text without NUL characters.")
 
 
 def _overrides_text(overrides: Sequence[str]) -> str:

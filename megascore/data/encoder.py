@@ -62,6 +62,7 @@ class Encoder:
         if not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
             raise DataError(f"{where} is {kind}: expected a text, or a list of token ids.")
+        _check_characters(value, where)
         if not value.strip():
             # Special tokens alone are no document.
             return np.empty(0, dtype=np.int64)
@@ -91,6 +92,16 @@ class Encoder:
         # Quiet, because a text may be longer than the model's context: it is cut into samples afterwards.
         encoding = self._tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
         return np.array(encoding["input_ids"], dtype=np.int64)
+
+
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a character at position {error.start} ({text[error.start]!r}, a lone surrogate): "
+            "expected text that UTF-8 can hold. Write the character whole, or drop it."
+        ) from error
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from megascore.data.encoder import Encoder
 from megascore.data.source import TokenIds
 from megascore.errors import DataError
+from megascore.files.json_text import parse_json
 
 __all__ = ["JsonLines"]
 
@@ -69,13 +70,15 @@ class JsonLines:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where} is not UTF-8: byte {line[error.start]:#04x} at offset {error.start} of the line ({error.reason})."
         ) from error
-    except json.JSONDecodeError as error:
+    except JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+    except ValueError as error:
+        raise DataError(f"{where} cannot be read as JSON: {error}. Mend or drop this line.") from error
     if not isinstance(record, dict):
         raise DataError(f"{where} holds {type(record).__name__}: expected a JSON object on each line.")
     return record

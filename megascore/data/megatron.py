@@ -48,10 +48,12 @@ class MegatronDataset:
             )
         offset = HEADER.size
         self._lengths = _array(index, "<i4", num_sequences, offset)
-        self._places = _array(index, "<i8", num_sequences, offset + 4 * num_sequences) // dtype.itemsize
+        pointers = _array(index, "<i8", num_sequences, offset + 4 * num_sequences)
+        self._places = pointers // dtype.itemsize
         self._bounds = _array(index, "<i8", num_bounds, offset + 12 * num_sequences)
         self._data: TokenIds = _map(data_path, dtype)
         self._check(index_path, data_path)
+        _check_pointers(pointers, self._lengths, dtype.itemsize, index_path)
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -81,6 +83,22 @@ class MegatronDataset:
                 f"{data_path} has {len(self._data)} tokens of type {self._data.dtype}, but its index goes to "
                 f"{ends.max()}: the files are not of one dataset, or the data is cut off."
             )
+
+
+def _check_pointers(
+    pointers: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], token_bytes: int, path: Path
+) -> None:
+    """Check that each sequence begins where the one before it ends, as every writer of the format puts them."""
+    expected = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=expected[1:])
+    expected *= token_bytes
+    wrong = np.flatnonzero(pointers != expected)
+    if len(wrong):
+        first = int(wrong[0])
+        raise DataError(
+            f"{path}: sequence {first} begins at byte {pointers[first]}, expected {expected[first]}, where the one "
+            f"before it ends ({token_bytes} bytes a token): the index is damaged. Write the dataset again."
+        )
 
 
 def _read_header(index: npt.NDArray[np.uint8], path: Path) -> tuple[np.dtype[Any], int, int]:

@@ -165,7 +165,7 @@ def test_the_number_of_experts_is_read_under_both_names(tmp_path: Path) -> None:
     [
         ({**MIXTRAL, "num_experts_per_tok": 5}, r"num_experts_per_tok=5 is more than the model's 4 experts"),
         ({**MIXTRAL, "num_experts_per_tok": 1}, r"num_experts_per_tok=1 with weights that sum to one"),
-        ({**MIXTRAL, "num_local_experts": "four"}, r"num_local_experts is four: expected a whole number"),
+        ({**MIXTRAL, "num_local_experts": "four"}, r"num_local_experts is 'four': expected a whole number"),
         ({**QWEN3_MOE, "mlp_only_layers": [0, 1, 2, 3]}, r"mlp_only_layers=\[0, 1, 2, 3\] leave no layer with experts"),
         ({**QWEN3_MOE, "attention_bias": True}, r"attention_bias=True is not supported"),
     ],

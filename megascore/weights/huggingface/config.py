@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from megascore.errors import ModelError
+from megascore.files.json_text import parse_json
 from megascore.weights.architecture import Architecture
 from megascore.weights.huggingface.config_values import ConfigValues, UnsupportedModelError
 from megascore.weights.huggingface.families import FAMILIES, ExpertNames, Family
@@ -18,6 +18,11 @@ __all__ = ["HuggingFaceModelConfig", "read_config"]
 
 MEGATRON_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron's ``rope_scaling`` has built in; only the factor can be chosen."""
+
+
+MOST_LAYERS = 10_000
+"""Decoders have a few hundred. Beyond this it is a slip, and lists of every layer's tensors would take minutes before
+the first one is found missing."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,15 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
             supported.
     """
     values, family = _read_values(directory)
-    num_layers, num_heads = values.positive("num_hidden_layers"), values.positive("num_attention_heads")
+    num_layers = values.positive("num_hidden_layers", most=MOST_LAYERS)
+    num_heads = values.positive("num_attention_heads")
     hidden_size = values.positive("hidden_size")
     window, sliding_layers = _sliding(values, family, num_layers)
     experts, router = family.read_experts(values, num_layers) if family.read_experts else (None, {})
-    attention_bias = bool(values.get("attention_bias", False))
+    attention_bias = values.flag("attention_bias", default=False)
     config = HuggingFaceModelConfig(
         architecture=Architecture(
-            model_type=str(values.get("model_type")),
+            model_type=values.text("model_type"),
             num_layers=num_layers,
             hidden_size=hidden_size,
             num_heads=num_heads,
@@ -72,10 +78,10 @@ def read_config(directory: str | Path) -> HuggingFaceModelConfig:
             experts=experts,
         ),
         head_dim=values.positive("head_dim", default=hidden_size // num_heads),
-        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+        tied_embeddings=values.flag("tie_word_embeddings", default=False),
         qkv_bias=family.qkv_bias or attention_bias,
         attention_output_bias=attention_bias and not family.qkv_bias,
-        mlp_bias=bool(values.get("mlp_bias", False)),
+        mlp_bias=values.flag("mlp_bias", default=False),
         qk_norm=family.qk_norm,
         expert_names=family.expert_names,
     )
@@ -87,7 +93,7 @@ def _transformer_arguments(values: ConfigValues, config: HuggingFaceModelConfig)
     return {
         "kv_channels": config.head_dim,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": float(values.get("rms_norm_eps", 1e-6)),
+        "layernorm_epsilon": values.number("rms_norm_eps", 1e-6),
         "qk_layernorm": config.qk_norm,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
@@ -111,6 +117,8 @@ def _read_values(directory: str | Path) -> tuple[ConfigValues, Family]:
     """Read a config.json, and check what no family may have."""
     path, raw = _read_json(directory)
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigValues(path, raw).wrong("model_type", model_type, f"one of {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{path}: model_type '{model_type}' is not supported; supported: {', '.join(FAMILIES)}."
@@ -128,7 +136,7 @@ def _read_values(directory: str | Path) -> tuple[ConfigValues, Family]:
 def _read_json(directory: str | Path) -> tuple[Path, dict[str, Any]]:
     path = _config_file(directory)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
@@ -148,10 +156,10 @@ def _config_file(directory: str | Path) -> Path:
 
 def _rotary_arguments(values: ConfigValues) -> dict[str, Any]:
     # transformers 5 has the settings under rope_parameters, older versions under rope_theta and rope_scaling.
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    settings = ConfigValues(values.path, given)
-    ConfigValues(values.path, {**values.raw, **given}).refuse_unless("partial_rotary_factor", 1.0, default=1.0)
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    newer, older = values.mapping("rope_parameters"), values.mapping("rope_scaling")
+    settings = newer if newer.raw else older
+    ConfigValues(values.path, {**values.raw, **settings.raw}).refuse_unless("partial_rotary_factor", 1.0, default=1.0)
+    kind = settings.text("rope_type", settings.text("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UnsupportedModelError(
             f"{values.path}: rotary scaling '{kind}' is not supported; supported: default, linear, llama3."
@@ -164,10 +172,10 @@ def _rotary_arguments(values: ConfigValues) -> dict[str, Any]:
                 f"Megatron-Core has {built_in} built in."
             )
     return {
-        "rotary_base": float(settings.get("rope_theta", values.get("rope_theta", 10000.0))),
+        "rotary_base": settings.number("rope_theta", values.number("rope_theta", 10000.0)),
         "rope_scaling": kind == "llama3",
-        "rope_scaling_factor": float(settings.get("factor", 8.0)) if kind == "llama3" else 1.0,
-        "seq_len_interpolation_factor": float(settings.get("factor", 1.0)) if kind == "linear" else None,
+        "rope_scaling_factor": settings.number("factor", 8.0) if kind == "llama3" else 1.0,
+        "seq_len_interpolation_factor": settings.number("factor", 1.0) if kind == "linear" else None,
     }
 
 
@@ -175,10 +183,10 @@ def _sliding(values: ConfigValues, family: Family, num_layers: int) -> tuple[int
     """Return the window, and which layers have it: those that layer_types names, or all from max_window_layers on."""
     window = values.raw.get("sliding_window")
     nowhere = (False,) * num_layers
-    if not family.can_slide or window is None or not values.get("use_sliding_window", False):
+    if not family.can_slide or window is None or not values.flag("use_sliding_window", default=False):
         return None, nowhere
-    kinds = None if family.slides_everywhere else values.get("layer_types")
-    first = 0 if family.slides_everywhere else values.get("max_window_layers", 28)
+    kinds = None if family.slides_everywhere else values.texts("layer_types")
+    first = 0 if family.slides_everywhere else _first_sliding(values)
     if kinds is None:
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
     if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:
@@ -186,4 +194,11 @@ def _sliding(values: ConfigValues, family: Family, num_layers: int) -> tuple[int
             f"{values.path}: layer_types is {kinds}: expected {num_layers} of 'full_attention' or 'sliding_attention'."
         )
     layers = tuple(kind == "sliding_attention" for kind in kinds)
-    return (int(window), layers) if any(layers) else (None, nowhere)
+    return (values.positive("sliding_window"), layers) if any(layers) else (None, nowhere)
+
+
+def _first_sliding(values: ConfigValues) -> int:
+    first = values.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        raise values.wrong("max_window_layers", first, "a whole number of at least 0")
+    return first

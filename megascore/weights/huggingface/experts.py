@@ -36,7 +36,7 @@ def read_qwen3_experts(values: ConfigValues, num_layers: int) -> tuple[Experts, 
             ties to biases of the experts.
     """
     values.refuse_unless("attention_bias", False, default=False)
-    step, dense = values.positive("decoder_sparse_step", default=1), values.get("mlp_only_layers", [])
+    step, dense = values.positive("decoder_sparse_step", default=1), values.layer_numbers("mlp_only_layers")
     layers = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
     if not any(layers):
         raise ModelError(
@@ -45,13 +45,13 @@ def read_qwen3_experts(values: ConfigValues, num_layers: int) -> tuple[Experts, 
         )
     num_experts, top_k = _numbers(values, num_experts_default=128, top_k_default=8)
     experts = Experts(num_experts, values.positive("moe_intermediate_size"), layers)
-    return experts, _router(values, top_k, normalized=bool(values.get("norm_topk_prob", False)))
+    return experts, _router(values, top_k, normalized=values.flag("norm_topk_prob", default=False))
 
 
 def _numbers(values: ConfigValues, *, num_experts_default: int, top_k_default: int) -> tuple[int, int]:
     # transformers 5 writes the first name for every model, older ones wrote the second for Qwen.
-    named = values.get("num_local_experts", values.get("num_experts", num_experts_default))
-    num_experts = ConfigValues(values.path, {"num_local_experts": named}).positive("num_local_experts")
+    key = "num_experts" if values.get("num_local_experts") is None else "num_local_experts"
+    num_experts = values.positive(key, default=num_experts_default)
     top_k = values.positive("num_experts_per_tok", default=top_k_default)
     if top_k > num_experts:
         raise ModelError(f"{values.path}: num_experts_per_tok={top_k} is more than the model's {num_experts} experts.")

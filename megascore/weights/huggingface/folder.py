@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megascore.errors import ModelError
+from megascore.files.json_text import parse_json
 from megascore.weights.fingerprint import sampled_digest
 
 __all__ = ["INDEX", "SINGLE", "StoredTensor", "TensorReader", "WeightsFolder"]
@@ -147,7 +147,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
 def _files_of_index(folder: Path) -> dict[Path, list[str]]:
     index = folder / INDEX
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{index} cannot be read as an index with a weight_map: {error!r}. Take a good copy."
@@ -181,8 +181,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             with safe_open(path, framework="pt"):
                 file.seek(0)
                 header_bytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_bytes))
-    except (SafetensorError, OSError) as error:
+                header = parse_json(file.read(header_bytes))
+    except ModelError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     begin = 8 + header_bytes
     return {
