@@ -95,3 +95,17 @@ def test_one_expert_is_read_wherever_it_is_stored(fused: bool, tmp_path: Path) -
     with checkpoint.reading() as read:
         assert torch.equal(read(up, 0, 1, 2), expected)
         assert read(gate, None, 0, 1).shape == (96, 64)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_tied_embeddings_must_be_the_same(same: bool, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "model", "llama")
+    tensors = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0.0 if same else 1e-3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = HuggingFaceCheckpoint(read_config(folder), folder)
+    if same:
+        checkpoint.check()
+        return
+    with pytest.raises(ModelError, match=r"tie_word_embeddings=true, but 'lm_head\.weight' is not"):
+        checkpoint.check()

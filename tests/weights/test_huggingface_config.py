@@ -173,3 +173,38 @@ def test_the_number_of_experts_is_read_under_both_names(tmp_path: Path) -> None:
 def test_experts_that_megatron_cannot_have_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_config(write(tmp_path, **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types is .*ministral",
+        ),
+        ({"model_type": "mistral", "use_sliding_window": False}, "use_sliding_window is false and sliding_window 4096"),
+        ({"model_type": "mixtral", "use_sliding_window": False, "sliding_window": 8}, "use_sliding_window is false"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
+        ({"model_type": "llama", "is_causal": False}, "is_causal=False is not supported"),
+        (
+            {
+                "model_type": "llama",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            "rope_parameters is .* and rope_scaling .*: keep the one",
+        ),
+        ({"model_type": "llama", "tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+    ],
+)
+def test_what_contradicts_transformers_is_refused_by_its_key(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if values["model_type"] == "mixtral" else {}
+    with pytest.raises(ModelError, match=message):
+        read_config(write(tmp_path, **{**experts, **values}))
+
+
+def test_a_window_of_null_needs_no_other_key(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"sliding_window": None, "use_sliding_window": False}
+    assert read_config(write(tmp_path, "mistral", **values)).architecture.sliding_window is None

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megascore.errors import ModelError
@@ -16,12 +17,13 @@ from megascore.weights.huggingface.config import HuggingFaceModelConfig
 from megascore.weights.huggingface.dims import sizes_of
 from megascore.weights.huggingface.folder import WeightsFolder
 from megascore.weights.huggingface.sources import all_tensors, as_stored, is_known_extra
-from megascore.weights.huggingface.tensors import Source
+from megascore.weights.huggingface.tensors import EMBEDDING, HEAD, Source
 
 __all__ = ["HuggingFaceCheckpoint", "PartReader"]
 
 logger = logging.getLogger(__name__)
 
+ROWS_AT_ONCE = 4096
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -76,6 +78,8 @@ class HuggingFaceCheckpoint:
     def check(self) -> None:
         """Check that all tensors of the model are there, from the headers alone; warn of tensors that it has not.
 
+        Of tied embeddings that are stored twice the values are compared, too.
+
         Raises:
             ModelError: a tensor is missing, or has another shape or type than the config says, or as `folder`.
         """
@@ -85,6 +89,8 @@ class HuggingFaceCheckpoint:
         extra = sorted(
             name for name in self.folder.tensors if name not in needed and not is_known_extra(name, self.config)
         )
+        if self.config.tied_embeddings and HEAD.name in self.folder.tensors:
+            self._check_tied()
         if extra:
             logger.warning("%s: %d tensors are not used, such as %s", self._directory, len(extra), ", ".join(extra[:5]))
 
@@ -107,6 +113,20 @@ class HuggingFaceCheckpoint:
                 return share.flatten(0, -2) if share.dim() > 2 else share
 
             yield read_part
+
+    def _check_tied(self) -> None:
+        embedding, head = (self.folder.tensors[source.name] for source in (EMBEDDING, HEAD))
+        same = tuple(embedding.shape) == tuple(head.shape)
+        with self.folder.reading() as read:
+            for start in range(0, embedding.shape[0] if same else 0, ROWS_AT_ONCE):
+                rows = (slice(start, min(start + ROWS_AT_ONCE, embedding.shape[0])), slice(0, embedding.shape[1]))
+                same = same and torch.equal(read(EMBEDDING.name, rows), read(HEAD.name, rows))
+        if not same:
+            raise ModelError(
+                f"checkpoint {self._directory}: config.json says tie_word_embeddings=true, but '{HEAD.name}' is not "
+                f"'{EMBEDDING.name}', so which one the model was trained with can't be told. Set tie_word_embeddings "
+                f"to false to use both, or take '{HEAD.name}' out of the files."
+            )
 
     def _check_tensor(self, name: str, shape: list[int]) -> None:
         stored = self.folder.tensors.get(name)

@@ -126,6 +126,7 @@ def _read_values(directory: str | Path) -> tuple[ConfigValues, Family]:
     family = FAMILIES[model_type]
     values = ConfigValues(path, {**family.defaults, **raw})
     values.refuse_unless("hidden_act", "silu", default="silu")
+    values.refuse_unless("is_causal", True, default=True)
     if values.get("quantization_config") is not None:
         raise UnsupportedModelError(
             f"{path}: quantized checkpoints are not supported: give the model in float32, float16 or bfloat16."
@@ -157,6 +158,11 @@ def _config_file(directory: str | Path) -> Path:
 def _rotary_arguments(values: ConfigValues) -> dict[str, Any]:
     # transformers 5 has the settings under rope_parameters, older versions under rope_theta and rope_scaling.
     newer, older = values.mapping("rope_parameters"), values.mapping("rope_scaling")
+    if newer.raw and older.raw and newer.raw != older.raw:
+        raise ModelError(
+            f"{values.path}: rope_parameters is {newer.raw} and rope_scaling {older.raw}, and versions of transformers "
+            "take one or the other: keep the one that the model was trained with."
+        )
     settings = newer if newer.raw else older
     ConfigValues(values.path, {**values.raw, **settings.raw}).refuse_unless("partial_rotary_factor", 1.0, default=1.0)
     kind = settings.text("rope_type", settings.text("type", "default"))
@@ -183,8 +189,15 @@ def _sliding(values: ConfigValues, family: Family, num_layers: int) -> tuple[int
     """Return the window, and which layers have it: those that layer_types names, or all from max_window_layers on."""
     window = values.raw.get("sliding_window")
     nowhere = (False,) * num_layers
+    if family.ignores_kinds and window is not None and not values.flag("use_sliding_window", default=True):
+        raise ModelError(
+            f"{values.path}: use_sliding_window is false and sliding_window {window}, and {values.text('model_type')} "
+            "slides all the same in transformers: set sliding_window to null, or take the key out."
+        )
     if not family.can_slide or window is None or not values.flag("use_sliding_window", default=False):
         return None, nowhere
+    if family.ignores_kinds:
+        _refuse_ignored_kinds(values)
     kinds = None if family.slides_everywhere else values.texts("layer_types")
     first = 0 if family.slides_everywhere else _first_sliding(values)
     if kinds is None:
@@ -195,6 +208,15 @@ def _sliding(values: ConfigValues, family: Family, num_layers: int) -> tuple[int
         )
     layers = tuple(kind == "sliding_attention" for kind in kinds)
     return (values.positive("sliding_window"), layers) if any(layers) else (None, nowhere)
+
+
+def _refuse_ignored_kinds(values: ConfigValues) -> None:
+    kinds = values.texts("layer_types")
+    if kinds is not None and set(kinds) != {"sliding_attention"}:
+        raise ModelError(
+            f"{values.path}: layer_types is {kinds}, and {values.text('model_type')} has the window in all layers in "
+            "transformers, whatever they say: give the model_type whose layers differ (ministral), or take the key out."
+        )
 
 
 def _first_sliding(values: ConfigValues) -> int:

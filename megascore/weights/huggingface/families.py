@@ -34,6 +34,8 @@ class Family:
     """Whether its attention can have a sliding window."""
     slides_everywhere: bool = False
     """Whether a window holds in all layers, whatever ``max_window_layers`` says."""
+    ignores_kinds: bool = False
+    """Whether transformers slides in every layer whatever ``use_sliding_window`` and ``layer_types`` say."""
     read_experts: Callable[[ConfigValues, int], tuple[Experts, dict[str, Any]]] | None = None
     """Reads the routed experts of a config with so many layers; None for a dense family."""
     expert_names: ExpertNames | None = None
@@ -45,11 +47,15 @@ class Family:
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(
-        can_slide=True, slides_everywhere=True, defaults={"sliding_window": 4096, "use_sliding_window": True}
+        can_slide=True,
+        slides_everywhere=True,
+        ignores_kinds=True,
+        defaults={"sliding_window": 4096, "use_sliding_window": True},
     ),
     "mixtral": Family(
         can_slide=True,
         slides_everywhere=True,
+        ignores_kinds=True,
         read_experts=read_mixtral_experts,
         expert_names=ExpertNames(
             "block_sparse_moe.gate.weight",
