@@ -40,6 +40,7 @@ COUNTED = {
     "schema_version",
     "unseen",
     "not_scored",
+    "part",
 }
 """Entries of a score file's metadata that a run finds out."""
 
@@ -81,7 +82,8 @@ def attach(
     agree("looking at the metadata", lambda: _check_metadata(metadata))
     view = agree("looking at the model", lambda: _view_of(_part_of(model, part)))
     agree("looking at the weights", lambda: _check_weights(view))
-    return ScoringRun(view, requests, metadata)
+    # A name such as decoder.layers.0 is of the part alone.
+    return ScoringRun(view, requests, {**(metadata or {}), **({} if part is None else {"part": part})})
 
 
 def score_blockwise(

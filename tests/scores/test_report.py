@@ -118,3 +118,11 @@ def test_ranges_and_layouts_read_well() -> None:
     assert format_ranges([0, 1, 2, 7, 9, 10]) == "0-2, 7, 9-10"
     assert format_layout({"tensor": 1, "pipeline": 2, "data": 4, "sequence": False}) == "pipeline 2, data 4"
     assert format_layout({"tensor": 1}) == "one process"
+
+
+def test_what_is_not_scored_is_listed_once_for_all_layers_that_lack_it() -> None:
+    scores = make_scores()
+    names = {f"decoder.layers.{layer}.mixer": "Mamba" for layer in range(NUM_LAYERS)}
+    text = render(Scores(dict(scores), {**scores.metadata, "not_scored": names}))
+    assert len(lines_with(text, r"decoder\.layers\.\*\.mixer +Mamba \(30 layers\)")) == 1
+    assert "not scored" not in render(scores)

@@ -67,7 +67,9 @@ def test_towers_of_which_none_is_the_language_model_are_named_with_how_to_choose
         megascore.attach(model)
     with megascore.attach(model, part="second") as run, torch.no_grad():
         model.second(TOKENS)
-    assert len(run.finish()["decoder/layers"]) == 2
+    scores = run.finish()
+    assert len(scores["decoder/layers"]) == 2
+    assert scores.metadata["part"] == "second"
 
 
 def test_a_part_that_is_not_there_is_refused_with_those_that_are() -> None:
