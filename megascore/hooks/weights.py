@@ -21,6 +21,9 @@ __all__ = ["WeightHook", "output_bias", "weight_matrix", "whole_weight"]
 RETURNS_BIAS_BESIDE = ("skip_bias_add", "te_return_bias")
 """Attributes of layers (of Megatron-Core, of Transformer Engine in it) whose bias is not in their output."""
 
+ADAPTERS = ("lora_A", "lora_embedding_A", "adapter")
+"""Children with which layers of peft, Megatron-Bridge and NeMo add to what the weight of another child gives."""
+
 WEIGHT_TOLERANCE = 1e-5
 """Relative difference up to which norms are those of the same weights; rounding of another device makes less."""
 
@@ -81,8 +84,9 @@ def weight_matrix(layer: nn.Module, hook_name: str, *, may_be_shard: bool = Fals
         may_be_shard: Allow a weight with fewer columns than ``input_size``, as tensor-parallel layers have.
 
     Raises:
-        HookStateError: there is no such weight, or it is one shard of a larger one.
+        HookStateError: there is no such weight, it is one shard of a larger one, or an adapter is added to it.
     """
+    _refuse_adapters(layer, hook_name)
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         found = f"a weight of shape {list(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
@@ -116,3 +120,14 @@ def output_bias(layer: nn.Module) -> Tensor | None:
     if not isinstance(bias, Tensor) or bias.numel() == 0 or returned_beside:
         return None
     return bias.detach()
+
+
+def _refuse_adapters(layer: nn.Module, hook_name: str) -> None:
+    children = dict(layer.named_children())
+    found = [name for name in ADAPTERS if name in children]
+    # peft keeps adapters that are added into the weight; `merged` says so.
+    if found and getattr(layer, "merged", False) is not True:
+        raise HookStateError(
+            f"{hook_name}: {type(layer).__name__} has an adapter ({found[0]}) beside its weight, which the score would "
+            "leave out. Merge it first: model.merge_and_unload() in peft, the merge script in Megatron-Bridge and NeMo."
+        )

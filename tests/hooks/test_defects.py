@@ -17,6 +17,7 @@ from megascore.hooks import (
     L2NormHook,
     LayerNormContributionHook,
 )
+from megascore.hooks.weights import weight_matrix
 from tests.hooks.cases import CASES, ITERATIVE, Case, assert_same, every_additive, every_class, feed, random_calls
 
 pytestmark = pytest.mark.fast
@@ -261,3 +262,24 @@ def test_iteration_emptied_by_a_mask_nobody_could_read_is_told() -> None:
     hook._advance(torch.zeros(4, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
     with pytest.raises(HookStateError, match="the mask of an iteration left no token"):
         hook.accumulate()
+
+
+class Adapted(nn.Module):
+    """A linear layer as peft wraps it."""
+
+    def __init__(self, merged: bool) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(6, 4, bias=False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(6, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 4, bias=False)})
+        self.in_features, self.merged = 6, merged
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+
+def test_a_weight_with_an_adapter_beside_it_is_refused_until_it_is_merged() -> None:
+    with pytest.raises(HookStateError, match=r"Adapted has an adapter \(lora_A\).*merge_and_unload"):
+        weight_matrix(Adapted(merged=False), "hook")
+    assert weight_matrix(Adapted(merged=True), "hook").shape == (4, 6)
