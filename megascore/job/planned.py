@@ -53,7 +53,7 @@ class SiteLine:
     waiting_bytes: int
     """Kept beside that until a step ends."""
     step_bytes: int
-    """Given to the all-reduces of a step."""
+    """Given to the all-reduces of a step, beside the 8 bytes that tell all ranks whether all is finite."""
     sample_bytes: int
     """The same for a step of one sample on a rank."""
     finish_bytes: int
