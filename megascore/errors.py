@@ -10,6 +10,7 @@ __all__ = [
     "LayoutError",
     "MegascoreError",
     "ModelError",
+    "PlanError",
     "Preempted",
     "RankFailure",
     "ScoreFileError",
@@ -34,6 +35,10 @@ class DataError(MegascoreError, ValueError):
 
 class ModelError(MegascoreError, ValueError):
     """A model or checkpoint is missing, unknown, or does not have the tensors that it should."""
+
+
+class PlanError(MegascoreError, ValueError):
+    """A plan for a smaller model is damaged, asks for what can't be, or does not fit the model or the scores."""
 
 
 class ScoreFileError(MegascoreError, ValueError):

@@ -1,4 +1,4 @@
-"""The path of a score file: checks before a run, and the write at its end."""
+"""The path of an output file: checks before a run, and the write at its end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from megascore.errors import ScoreFileError
 from megascore.files.whole import temporary_name, write_whole
 
 __all__ = ["check_output_path", "write_output"]
+
+ALLOW = "run.overwrite=true"
 
 
 def check_output_path(path: str | Path, overwrite: bool) -> None:
@@ -36,29 +38,35 @@ def check_output_path(path: str | Path, overwrite: bool) -> None:
         ) from error
 
 
-def write_output(path: str | Path, content: bytes, overwrite: bool) -> None:
+def write_output(path: str | Path, content: bytes, overwrite: bool, allow: str = ALLOW) -> None:
     """Write a file whole or not at all.
+
+    Args:
+        path: The file.
+        content: All of it.
+        overwrite: Replace a file that is there.
+        allow: How the user allows that.
 
     Raises:
         ScoreFileError: a file is there and `overwrite` is false, or the system refuses.
     """
-    target = _followed(Path(path), overwrite)
+    target = _followed(Path(path), overwrite, allow)
     try:
         # Asked again at the end: somebody may have written it during the run.
-        write_whole(target, content, before_rename=lambda: _refuse_existing(target, overwrite))
+        write_whole(target, content, before_rename=lambda: _refuse_existing(target, overwrite, allow))
     except OSError as error:
         raise ScoreFileError(
             f"can't write {target}: {error.strerror or error}. Free the disk or choose another path."
         ) from error
 
 
-def _followed(path: Path, overwrite: bool) -> Path:
+def _followed(path: Path, overwrite: bool, allow: str = ALLOW) -> Path:
     """Return where a file is written: behind a link the file that it points to, so that the link stays one.
 
     Raises:
         ScoreFileError: something is there that may not be replaced.
     """
-    _refuse_existing(path, overwrite)
+    _refuse_existing(path, overwrite, allow)
     if not path.is_symlink():
         return path
     try:
@@ -67,11 +75,11 @@ def _followed(path: Path, overwrite: bool) -> Path:
         raise ScoreFileError(f"can't write {path}: it is a link that leads nowhere ({error}).") from error
     if not target.parent.is_dir():
         raise ScoreFileError(f"can't write {path}: it is a link into {target.parent}, and there is no such folder.")
-    _refuse_existing(target, overwrite)
+    _refuse_existing(target, overwrite, allow)
     return target
 
 
-def _refuse_existing(target: Path, overwrite: bool) -> None:
+def _refuse_existing(target: Path, overwrite: bool, allow: str) -> None:
     try:
         is_folder, exists = target.is_dir(), os.path.lexists(target)
     except OSError as error:
@@ -80,10 +88,8 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise ScoreFileError(f"can't write {target}: it is a folder. Give the path of a file in it.")
     if exists and not target.is_file() and (not target.is_symlink() or target.exists()):
         raise ScoreFileError(
-            f"can't write {target}: it is a device, a pipe or a socket, and a score file is a regular file. Choose "
-            "another path."
+            f"can't write {target}: it is a device, a pipe or a socket: expected a regular file, or none. "
+            "Choose another path."
         )
     if exists and not overwrite:
-        raise ScoreFileError(
-            f"{target} exists already: choose another path, or allow replacing it (run.overwrite=true)."
-        )
+        raise ScoreFileError(f"{target} exists already: choose another path, or allow replacing it ({allow}).")

@@ -6,6 +6,7 @@ else, including a checksum over all of it. The same content gives the same bytes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -188,6 +189,10 @@ class Scores(Mapping[str, torch.Tensor]):
         """
         if world_rank() == 0:
             write_output(path, self._to_bytes(), overwrite=overwrite)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the file that `save` writes."""
+        return hashlib.sha256(self._to_bytes()).hexdigest()
 
     def _to_bytes(self) -> bytes:
         return encode(_METADATA_KEY, {"metadata": self._metadata, "unseen": self._unseen}, self._values)

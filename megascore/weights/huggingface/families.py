@@ -10,7 +10,15 @@ from megascore.weights.architecture import Experts
 from megascore.weights.huggingface.config_values import ConfigValues
 from megascore.weights.huggingface.experts import read_mixtral_experts, read_qwen3_experts
 
-__all__ = ["FAMILIES", "ExpertNames", "Family"]
+__all__ = ["FAMILIES", "ExpertNames", "ExpertSizes", "Family"]
+
+
+class ExpertSizes(NamedTuple):
+    """Keys of config.json with the sizes of routed experts."""
+
+    num_experts: str
+    """Where config.json lacks all of its names."""
+    ffn_size: str
 
 
 class ExpertNames(NamedTuple):
@@ -40,6 +48,10 @@ class Family:
     """Reads the routed experts of a config with so many layers; None for a dense family."""
     expert_names: ExpertNames | None = None
     """Names of the experts' tensors; None for a dense family."""
+    expert_sizes: ExpertSizes | None = None
+    """Where config.json has the sizes of the experts; None for a dense family."""
+    can_have_dense_layers: bool = False
+    """Whether config.json can say that some layers have no experts (``mlp_only_layers``, ``decoder_sparse_step``)."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of keys that its config.json may lack, where they differ from those of `read_config`."""
 
@@ -63,6 +75,7 @@ FAMILIES = {
             "block_sparse_moe.experts.{expert}.w3.weight",
             "block_sparse_moe.experts.{expert}.w2.weight",
         ),
+        expert_sizes=ExpertSizes("num_local_experts", "intermediate_size"),
         defaults={"use_sliding_window": True, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
     ),
     "qwen2": Family(qkv_bias=True, can_slide=True),
@@ -78,6 +91,8 @@ FAMILIES = {
             "mlp.experts.{expert}.up_proj.weight",
             "mlp.experts.{expert}.down_proj.weight",
         ),
+        expert_sizes=ExpertSizes("num_experts", "moe_intermediate_size"),
+        can_have_dense_layers=True,
     ),
 }
 """Families by the ``model_type`` of their config.json."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from megascore.weights.huggingface.config import HuggingFaceModelConfig
 from megascore.weights.huggingface.tensors import EMBEDDING, FUSED_DOWN, HEAD, LAYER, RULES, Rule, Source
 
-__all__ = ["Found", "all_tensors", "as_stored", "find_rule", "is_known_extra", "sources_of"]
+__all__ = ["Found", "all_tensors", "as_stored", "find_rule", "is_known_extra", "places_of", "sources_of"]
 
 LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.")
 # Megatron's two ways to have experts: a list of MLPs, and Transformer Engine's grouped layers.
@@ -97,12 +97,12 @@ def all_tensors(config: HuggingFaceModelConfig) -> dict[str, Source]:
     return {
         source.name: replace(source, parts=(), expert=None) if source.parts else source
         for rule in RULES
-        for layer, expert in _places(rule, config)
+        for layer, expert in places_of(rule, config)
         for source in sources_of(rule, config, layer, expert)
     }
 
 
-def _places(rule: Rule, config: HuggingFaceModelConfig) -> Iterator[tuple[int | None, int | None]]:
+def places_of(rule: Rule, config: HuggingFaceModelConfig) -> Iterator[tuple[int | None, int | None]]:
     """Yield layer and expert, where they apply, of each parameter that a rule is for."""
     if not rule.parameters[0].startswith(LAYER):
         yield None, None
