@@ -34,6 +34,7 @@ class Architecture:
     ffn_size: int
     """Channels inside a dense MLP."""
     vocab_size: int
+    """Tokens; rows by which a layout or a checkpoint pads the embedding are none."""
     max_positions: int
     """Longest sequence; rotary positions go on beyond it, learned ones do not."""
     sliding_window: int | None = None

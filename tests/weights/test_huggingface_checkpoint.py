@@ -97,6 +97,18 @@ def test_one_expert_is_read_wherever_it_is_stored(fused: bool, tmp_path: Path) -
         assert read(gate, None, 0, 1).shape == (96, 64)
 
 
+def test_parts_of_a_given_size_end_where_the_tensor_does(checkpoint: Path) -> None:
+    opened = HuggingFaceCheckpoint(read_config(checkpoint), checkpoint)
+    head = all_tensors(checkpoint)["lm_head.weight"]
+    found = find_rule("output_layer.weight")
+    assert found is not None
+    (source,) = sources_of(found.rule, opened.config, None)
+    with opened.reading() as read:
+        parts = [read(source, 0, part, 4, size=50) for part in range(4)]
+    assert [len(part) for part in parts] == [50, 50, 28, 0]
+    assert torch.equal(torch.cat(parts), head)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_head_beside_tied_embeddings_must_be_the_same(same: bool, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", "llama")

@@ -26,7 +26,9 @@ def load_model(
         max_sequence_length: Longest sequence that will be run.
 
     Returns:
-        The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining.
+        The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining. Where
+        ``parallel.tensor`` does not divide the vocabulary, logits have padding at the end that is no token's; the
+        ``vocab_size`` of a chunk is without it. Megatron's own loss does not leave it out, `forward_only` does.
 
     Raises:
         ConfigError: nothing says where the model comes from.

@@ -99,7 +99,7 @@ def architecture_from_args(checkpoint: MegatronCheckpoint) -> Architecture:
         num_heads=num_heads,
         num_kv_heads=args.number("num_query_groups") if grouped else num_heads,
         ffn_size=args.number("ffn_hidden_size", default=4 * hidden_size),
-        vocab_size=checkpoint.vocab_size,
+        vocab_size=_vocab_size(args, checkpoint),
         max_positions=args.number("max_position_embeddings"),
         sliding_window=window,
         sliding_layers=sliding_layers,
@@ -153,6 +153,16 @@ def _check_values(args: _Args) -> None:
                 f"{args.where}: {name}={others[0]} is not supported; supported: {', '.join(allowed)}. Give a function "
                 "that builds the model in model.provider."
             )
+
+
+def _vocab_size(args: _Args, checkpoint: MegatronCheckpoint) -> int:
+    """Return how many rows of the embedding are tokens: all, as in Megatron's own loss, where nothing says."""
+    # A null tokenizer, for made-up data, may have a token more than it was told.
+    if args.get("vocab_size") is None or str(args.get("tokenizer_type", "")).startswith("Null"):
+        return checkpoint.vocab_size
+    vocab_size = args.number("vocab_size")
+    checkpoint.check_vocabulary(vocab_size, args.where)
+    return vocab_size
 
 
 def _passed_on(args: _Args) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def _from_hugging_face(directory: str, checkpoint: MegatronCheckpoint | None) ->
         builder = BridgeBuilder(name, bridge, directory)
         weights: Weights = BridgeWeights(bridge, directory) if checkpoint is None else TorchDistWeights(checkpoint)
         return ModelSource(builder, weights, directory)
+    own = ArchitectureBuilder(name, config.architecture)
     if checkpoint is None:
-        own = ArchitectureBuilder(name, config.architecture)
         return ModelSource(own, HuggingFaceWeights(config, directory), directory)
-    as_saved = ArchitectureBuilder(name, checkpoint.with_its_vocabulary(config.architecture))
-    return ModelSource(as_saved, TorchDistWeights(checkpoint), directory)
+    checkpoint.check_vocabulary(config.architecture.vocab_size, "the config.json in model.hf")
+    return ModelSource(own, TorchDistWeights(checkpoint), directory)

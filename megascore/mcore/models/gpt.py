@@ -71,7 +71,8 @@ def build_gpt(
         max_sequence_length: Longest sequence that will be run.
 
     Returns:
-        The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining.
+        The virtual-pipeline chunks of this rank, in evaluation mode; one without virtual pipelining. Embedding and
+        output layer are padded to a multiple of ``parallel.tensor``; ``vocab_size`` of a chunk is without the padding.
 
     Raises:
         LayoutError: the model does not split so.
@@ -93,14 +94,17 @@ def _build_chunk(
     model: Architecture, config: TransformerConfig, parallel: ParallelConfig, spec: Callable[..., Any], chunk: int
 ) -> GPTModel:
     part = chunk_arguments(parallel, chunk)
-    return GPTModel(
+    built = GPTModel(
         config=config,
         transformer_layer_spec=spec(part["vp_stage"]),
-        vocab_size=model.vocab_size,
+        vocab_size=-(-model.vocab_size // parallel.tensor) * parallel.tensor,
         max_sequence_length=model.max_positions,
         **part,
         **model.gpt,
     )
+    # Once it is built, Megatron no longer asks for it; what the embedding has beyond it is padding.
+    built.vocab_size = model.vocab_size
+    return built
 
 
 def _transformer_config(

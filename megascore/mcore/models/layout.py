@@ -17,17 +17,12 @@ __all__ = [
 
 
 def check_divisible(model: Architecture, parallel: ParallelConfig) -> None:
-    """Check that every size that the layout splits can be split.
+    """Check that every size that the layout splits can be split; a vocabulary that does not divide is padded.
 
     Raises:
-        LayoutError: heads, KV heads, FFN, vocabulary, experts or layers do not divide; the text names the degrees that
-            would do.
+        LayoutError: heads, KV heads, FFN, experts or layers do not divide; the text names the degrees that would do.
     """
-    sizes = {
-        "attention heads": model.num_heads,
-        "KV heads": model.num_kv_heads,
-        "vocabulary entries": model.vocab_size,
-    }
+    sizes = {"attention heads": model.num_heads, "KV heads": model.num_kv_heads}
     if model.experts is None or not all(model.experts.layers):
         sizes["FFN channels"] = model.ffn_size
     failing = [f"{size} {name}" for name, size in sizes.items() if size % parallel.tensor]

@@ -75,12 +75,18 @@ def _fill(parameter: Tensor, found: Found, config: HuggingFaceModelConfig, read:
     else:
         rank = parallel_state.get_tensor_model_parallel_rank()
         num_ranks = parallel_state.get_tensor_model_parallel_world_size()
-    shares = [read(source, rule.split_dim, rank, num_ranks) for source in sources]
+    # The vocabulary need not divide: rows behind its end, on the last ranks, are padding.
+    padded = parameter.shape[0] if sources[0].dims[0] == "vocab" else None
+    assert padded is None or padded * num_ranks >= config.architecture.vocab_size
+    shares = [read(source, rule.split_dim, rank, num_ranks, size=padded) for source in sources]
     if rule.per_kv_head:
         value = weave(shares, config.architecture.num_kv_heads // num_ranks)
     else:
         # The embedding is the largest, and need not be there once more.
         value = shares[0] if len(shares) == 1 else torch.cat(shares)
+    if padded is not None:
+        parameter[len(value) :].zero_()
+        parameter = parameter[: len(value)]
     assert value.shape == parameter.shape, f"{rule.parameters[0]}: {tuple(value.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(value)
     return sum(share.nbytes for share in shares)

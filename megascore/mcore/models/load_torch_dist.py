@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -33,11 +34,8 @@ class _Wanted:
     name: str
     """Name of the tensor in the checkpoint."""
     offsets: torch.Size
-    global_shape: torch.Size
     target: Tensor
     """Filled with the part; it has as many dimensions as the global tensor."""
-    may_differ: bool
-    """Whether the global shape may be another, as that of a padded vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -142,20 +140,22 @@ def _wanted(part: ShardedTensor, checkpoint: MegatronCheckpoint) -> _Wanted:
             "as the model has: it is of another model."
         )
     target = part.data.detach()[(None,) * part.prepend_axis_num]
-    return _Wanted(name, torch.Size(part.global_offset), shape, target, bool(part.allow_shape_mismatch))
+    return _Wanted(name, torch.Size(part.global_offset), target)
 
 
 def _read(part: _Wanted, checkpoint: MegatronCheckpoint) -> int:
     entry = checkpoint.index.tensors[part.name]
     found = list(overlaps(checkpoint.index, part.name, part.offsets, part.target.shape))
     covered = sum(part.target[inside].numel() for _, _, inside in found)
-    if covered < part.target.numel():
-        if not part.may_differ or entry.size == part.global_shape:
-            raise ModelError(
-                f"checkpoint {checkpoint.folder} holds {covered} of the {part.target.numel()} values at "
-                f"{list(part.offsets)} of '{part.name}' that this rank has: parts of the tensor were not saved."
-            )
-        # Padding of the vocabulary: entries that no token has.
+    extents = zip(part.offsets, part.target.shape, entry.size, strict=True)
+    num_stored = prod(max(min(start + extent, size) - start, 0) for start, extent, size in extents)
+    if covered < num_stored:
+        raise ModelError(
+            f"checkpoint {checkpoint.folder} holds {covered} of the {num_stored} values at "
+            f"{list(part.offsets)} of '{part.name}' that this rank has: parts of the tensor were not saved."
+        )
+    if num_stored < part.target.numel():
+        # The vocabulary is padded further here than where it was saved: entries that no token has.
         part.target.zero_()
     if part.target.is_meta:
         return 0

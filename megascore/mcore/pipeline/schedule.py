@@ -181,7 +181,9 @@ def forward_step(
         # Found without asking the device, on which nothing waits here.
         num_predicting = len(positions) - (cp_rank == 0)
         following = positions[:num_predicting] + 1
-        nats = token_losses(logits[:, :num_predicting], tokens[:, following])
+        # Models of the user's own making need not say how many of their entries are tokens.
+        vocab_size = getattr(model, "vocab_size", None)
+        nats = token_losses(logits[:, :num_predicting], tokens[:, following], vocab_size)
         if mask is None:
             return LossSums(nats.sum(dtype=torch.float64), nats.numel())
         # The mask is in host memory, and so are its indices.
@@ -193,7 +195,7 @@ def forward_step(
     return output, losses
 
 
-def token_losses(local_logits: Tensor, labels: Tensor) -> Tensor:
+def token_losses(local_logits: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
     """Cross entropy of logits whose vocabulary is split over the tensor-parallel ranks.
 
     Megatron's own goes through float32; this one leaves float64 as it is. Collective over the tensor axis.
@@ -201,17 +203,24 @@ def token_losses(local_logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         local_logits: [B, S, V / TP].
         labels: [B, S] int64 token numbers.
+        vocab_size: How many of the V entries are tokens, the same on all ranks; those behind them pad the vocabulary
+            to a multiple of TP, and have no part in the loss. None: all are.
 
     Returns:
         [B, S] nats, float32 or float64, the same on all tensor-parallel ranks.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     logits = local_logits if local_logits.dtype == torch.float64 else local_logits.float()
+    local_size = logits.shape[-1]
+    num_tokens = local_size if vocab_size is None else vocab_size - dist.get_rank(group) * local_size
+    if num_tokens < local_size:
+        is_padding = torch.arange(local_size, device=logits.device) >= num_tokens
+        logits = logits.masked_fill(is_padding, -torch.inf)
     largest = logits.amax(dim=-1)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     logits = logits - largest.unsqueeze(-1)
-    local_labels = labels - dist.get_rank(group) * logits.shape[-1]
-    is_here = (local_labels >= 0) & (local_labels < logits.shape[-1])
+    local_labels = labels - dist.get_rank(group) * local_size
+    is_here = (local_labels >= 0) & (local_labels < local_size)
     picked = logits.gather(-1, local_labels.where(is_here, 0).unsqueeze(-1)).squeeze(-1)
     sums = torch.stack([logits.exp().sum(dim=-1), picked.where(is_here, 0.0)])
     dist.all_reduce(sums, group=group)

@@ -30,14 +30,17 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 class PartReader(Protocol):
     """Reads parts of a checkpoint's tensors."""
 
-    def __call__(self, source: Source, dim: int | None, part: int, num_parts: int) -> Tensor:
+    def __call__(
+        self, source: Source, dim: int | None, part: int, num_parts: int, *, size: int | None = None
+    ) -> Tensor:
         """Return one of equal parts of a source along a dimension; all of it where ``dim`` is None.
 
         Args:
             source: What is meant; where it is one expert of many in a tensor, ``dim`` is a dimension of that expert.
-            dim: Dimension to cut; ``num_parts`` divides it.
+            dim: Dimension to cut; ``num_parts`` divides it, unless ``size`` is given.
             part: Number of the part.
             num_parts: Number of parts.
+            size: Of each part, where they are more than the source together: the last ones are shorter, or empty.
 
         Returns:
             A vector or a matrix.
@@ -107,9 +110,11 @@ class HuggingFaceCheckpoint:
         """
         with self.folder.reading() as read:
 
-            def read_part(source: Source, dim: int | None, part: int, num_parts: int) -> Tensor:
+            def read_part(
+                source: Source, dim: int | None, part: int, num_parts: int, *, size: int | None = None
+            ) -> Tensor:
                 shape = self.folder.tensors[source.name].shape
-                share = read(source.name, _ranges(shape, source, dim, part, num_parts))
+                share = read(source.name, _ranges(shape, source, dim, (part, num_parts), size))
                 return share.flatten(0, -2) if share.dim() > 2 else share
 
             yield read_part
@@ -147,15 +152,21 @@ class HuggingFaceCheckpoint:
             )
 
 
-def _ranges(shape: tuple[int, ...], source: Source, dim: int | None, part: int, num_parts: int) -> tuple[slice, ...]:
-    """Return where in a tensor of this shape the part of a source lies."""
-    ranges = [slice(0, size) for size in shape]
-    parts = list(enumerate(source.parts))
+def _ranges(
+    shape: tuple[int, ...], source: Source, dim: int | None, part: tuple[int, int], size: int | None
+) -> tuple[slice, ...]:
+    """Return where in a tensor of this shape the part of a source lies: which of how many, each of a size if given."""
+    ranges = [slice(0, length) for length in shape]
+    for position, (number, total) in enumerate(source.parts):
+        ranges[position] = _cut(ranges[position], number, (ranges[position].stop - ranges[position].start) // total)
     if dim is not None:
         # The leading dimension of experts in one tensor is no dimension of one expert.
-        parts.append((dim + 1 if source.parts else dim, (part, num_parts)))
-    for position, (number, total) in parts:
-        size = (ranges[position].stop - ranges[position].start) // total
-        start = ranges[position].start + number * size
-        ranges[position] = slice(start, start + size)
+        position = dim + 1 if source.parts else dim
+        whole = ranges[position]
+        ranges[position] = _cut(whole, part[0], (whole.stop - whole.start) // part[1] if size is None else size)
     return tuple(ranges)
+
+
+def _cut(whole: slice, number: int, size: int) -> slice:
+    start = min(whole.start + number * size, whole.stop)
+    return slice(start, min(start + size, whole.stop))

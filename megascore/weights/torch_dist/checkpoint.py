@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from megascore.errors import ModelError
-from megascore.weights.architecture import Architecture
 from megascore.weights.fingerprint import sampled_digest
 from megascore.weights.torch_dist.common import CommonState, read_common
 from megascore.weights.torch_dist.index import CheckpointIndex, read_index
 
 __all__ = ["EMBEDDING", "MegatronCheckpoint", "find_iteration"]
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING = "embedding.word_embeddings.weight"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -121,18 +122,30 @@ class MegatronCheckpoint:
             "singleton_local_shards": any(singletons.search(name) for name in self.weights),
         }
 
-    def with_its_vocabulary(self, architecture: Architecture) -> Architecture:
-        """Return the architecture with as many tokens as the checkpoint has, padding included.
+    def check_vocabulary(self, vocab_size: int, said_by: str) -> None:
+        """Check that the checkpoint has the tokens of a model; further rows are padding, of which the log tells.
+
+        Args:
+            vocab_size: Tokens of the model.
+            said_by: Where that number stands, for messages.
 
         Raises:
-            ModelError: it has fewer than the architecture.
+            ModelError: it has fewer.
         """
-        if self.vocab_size < architecture.vocab_size:
+        if self.vocab_size < vocab_size:
             raise ModelError(
-                f"'{EMBEDDING}' in checkpoint {self.folder} has {self.vocab_size} tokens, but the config.json in "
-                f"model.hf says {architecture.vocab_size}: they are not of one model."
+                f"'{EMBEDDING}' in checkpoint {self.folder} has {self.vocab_size} tokens, but {said_by} says "
+                f"{vocab_size}: they are not of one model."
             )
-        return replace(architecture, vocab_size=self.vocab_size)
+        if self.vocab_size > vocab_size:
+            logger.info(
+                "'%s' in checkpoint %s has %d rows, of which %s says that %d are tokens: the others are padding",
+                EMBEDDING,
+                self.folder,
+                self.vocab_size,
+                said_by,
+                vocab_size,
+            )
 
     @cached_property
     def common(self) -> CommonState:

@@ -29,7 +29,6 @@ SMOLLM2 = Architecture(
         ({}, 2, r"tensor=2 does not divide the model's 9 attention heads and 3 KV heads; .* would do: 1, 3\.$"),
         ({"num_heads": 8, "num_kv_heads": 2}, 4, r"the model's 2 KV heads; tensor sizes that would do: 1, 2\.$"),
         ({"num_heads": 8, "num_kv_heads": 4, "ffn_size": 1538}, 4, r"1538 FFN channels; .* would do: 1, 2\.$"),
-        ({"vocab_size": 49153}, 3, r"49153 vocabulary entries; .* would do: 1\.$"),
     ],
 )
 def test_sizes_that_do_not_split_are_named_with_those_that_would_do(
@@ -41,6 +40,10 @@ def test_sizes_that_do_not_split_are_named_with_those_that_would_do(
 
 def test_a_layout_that_fits_passes() -> None:
     check_divisible(SMOLLM2, ParallelConfig(tensor=3, sequence=True, pipeline=2))
+
+
+def test_a_vocabulary_need_not_divide() -> None:
+    check_divisible(replace(SMOLLM2, vocab_size=49153), ParallelConfig(tensor=3))
 
 
 def test_experts_are_split_by_the_axes_of_experts() -> None:

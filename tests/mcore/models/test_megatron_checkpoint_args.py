@@ -44,6 +44,10 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         {"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},
         r"moe_router_load_balancing_type=sinkhorn is not supported; supported: aux_loss",
     ),
+    "more tokens": (
+        {"vocab_size": 129},
+        r"'embedding\.word_embeddings\.weight' in .* has 128 tokens, but args in .*common\.pt says 129",
+    ),
     "window": ({"window_size": (4, 4)}, r"window_size=\(4, 4\) is not supported"),
 }
 
@@ -77,6 +81,24 @@ def test_arguments_give_the_model_that_they_describe(saved: Path, folder: Path) 
     assert found.num_kv_heads == 4
     assert found.transformer["activation_func"].__name__ == "squared_relu"
     assert not found.transformer["gated_linear_unit"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"vocab_size": 100}, 100),
+        ({"vocab_size": 100, "tokenizer_type": "HuggingFaceTokenizer"}, 100),
+        # All rows, as in Megatron's own loss: nothing tells which are tokens.
+        ({"vocab_size": None}, 128),
+        ({}, 128),
+        ({"vocab_size": 100, "tokenizer_type": "NullTokenizer"}, 128),
+    ],
+)
+def test_arguments_say_how_many_rows_of_the_embedding_are_tokens(
+    changes: dict[str, Any], expected: int, saved: Path, folder: Path
+) -> None:
+    torch.save({"args": training_args(saved / "hf", **changes)}, folder / "common.pt")
+    assert architecture_from_args(MegatronCheckpoint(folder)).vocab_size == expected
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_names_both_ways_out(folder: Path) -> None:

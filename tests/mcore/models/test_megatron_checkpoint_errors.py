@@ -22,7 +22,7 @@ from megascore.mcore.models.build import load_model
 from megascore.mcore.models.checkpoint_args import architecture_from_args
 from megascore.mcore.world.parallel_world import parallel_world
 from megascore.weights.torch_dist.checkpoint import MegatronCheckpoint
-from tests.mcore.torch_dist import Colour, move_common
+from tests.mcore.torch_dist import Colour, move_common, training_args
 
 CPU = torch.device("cpu")
 
@@ -137,6 +137,16 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage: str, folder: Path) -> N
     change, message = DAMAGES[damage]
     change(folder)
     with pytest.raises(ModelError, match=message):
+        load(ModelConfig(load=str(folder), dtype="float32"))
+
+
+def test_a_part_of_the_embedding_that_was_not_saved_is_no_padding(saved: Path, folder: Path) -> None:
+    torch.save({"args": training_args(saved / "hf", vocab_size=127)}, folder / "common.pt")
+    load(ModelConfig(load=str(folder), dtype="float32"))
+    rewrite_index(
+        folder, lambda metadata: metadata.state_dict_metadata["embedding.word_embeddings.weight"].chunks.pop()
+    )
+    with pytest.raises(ModelError, match=r"holds 0 of the 8128 values at \[0, 0\] of 'embedding\.word_embeddings"):
         load(ModelConfig(load=str(folder), dtype="float32"))
 
 
