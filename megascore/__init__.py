@@ -7,8 +7,24 @@ from __future__ import annotations
 
 from megascore.api.attach import attach, score_blockwise
 from megascore.api.checkpoints import checkpoints
+from megascore.api.masked import masked_units
+from megascore.plans.plan import Plan, plan
+from megascore.plans.plan_file import load_plan
+from megascore.pruning.prune import prune
 from megascore.scores.score_file import Scores, load_scores
 
-__all__ = ["Scores", "__version__", "attach", "checkpoints", "load_scores", "score_blockwise"]
+__all__ = [
+    "Plan",
+    "Scores",
+    "__version__",
+    "attach",
+    "checkpoints",
+    "load_plan",
+    "load_scores",
+    "masked_units",
+    "plan",
+    "prune",
+    "score_blockwise",
+]
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""Doors for other people's programs: `attach`, `score_blockwise`, `checkpoints`."""
+"""Doors for other people's programs: `attach`, `score_blockwise`, `checkpoints`, `masked_units`."""

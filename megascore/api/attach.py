@@ -27,7 +27,7 @@ from megascore.sites.plain import PlainModelView
 from megascore.sites.requests import ScoreRequest, resolve_scores
 from megascore.sites.towers import part_of
 
-__all__ = ["attach", "score_blockwise"]
+__all__ = ["attach", "score_blockwise", "view_of"]
 
 COUNTED = {
     "num_tokens",
@@ -80,7 +80,7 @@ def attach(
     requests = resolve_scores(scores if scores is not None else recipe or "minitron")
     _warn_of_lone_processes()
     agree("looking at the metadata", lambda: _check_metadata(metadata))
-    view = agree("looking at the model", lambda: _view_of(_part_of(model, part)))
+    view = agree("looking at the model", lambda: view_of(_part_of(model, part)))
     agree("looking at the weights", lambda: _check_weights(view))
     # A name such as decoder.layers.0 is of the part alone.
     return ScoringRun(view, requests, {**(metadata or {}), **({} if part is None else {"part": part})})
@@ -142,7 +142,7 @@ def score_blockwise(
         weights = folder if weights is None else weights
         model = agree("building the model", lambda: empty_model(folder))
     own_model = model
-    view = agree("looking at the model", lambda: _view_of(own_model))
+    view = agree("looking at the model", lambda: view_of(own_model))
     if not isinstance(view, PlainModelView):
         raise ConfigError("score_blockwise takes plain PyTorch models; use attach for a Megatron-Core model.")
     masks = None if token_masks is None else list(token_masks)
@@ -173,7 +173,13 @@ def _part_of(model: nn.Module | Sequence[nn.Module], part: str | None) -> nn.Mod
     return model
 
 
-def _view_of(model: nn.Module | Sequence[nn.Module]) -> ModelView:
+def view_of(model: nn.Module | Sequence[nn.Module]) -> ModelView:
+    """Return a model as scoring sees it.
+
+    Raises:
+        ConfigError: it is no model.
+        ModelError: it is of no known kind.
+    """
     wanted: Any = model
     given = list(wanted) if isinstance(wanted, Sequence) and not isinstance(wanted, str) else [wanted]
     if not given or not all(isinstance(module, nn.Module) for module in given):

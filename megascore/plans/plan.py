@@ -35,7 +35,8 @@ WHO_LOADS_PER_LAYER = (
 class PlanRules:
     """What the sizes were made to fit, and are checked against when a plan is read."""
 
-    multiple_of: int
+    multiple_of: Mapping[str, int]
+    """By target, of the targets that are channels."""
     tensor_parallel: int
     expert_parallel: int
     per_layer: bool
@@ -116,7 +117,7 @@ def make_plan(scores: Scores | str | Path, request: PlanRequest) -> Plan:
     if sizes == before and not request.per_layer:
         raise PlanError(
             f"by the rules nothing goes: every size stays what it is ({_sizes_text(sizes)}). Ask for less, or for a "
-            f"finer multiple_of than {request.multiple_of}."
+            f"finer multiple_of."
         )
     orders = ScoreOrders(found, request.methods)
     units = choose_units(config, sizes, orders)
@@ -128,7 +129,7 @@ def make_plan(scores: Scores | str | Path, request: PlanRequest) -> Plan:
         model_type=config.architecture.model_type,
         weights_fingerprint=parent.fingerprint,
         scores=ScoresUsed(path, found.fingerprint(), dict(orders.methods)),
-        rules=PlanRules(request.multiple_of, request.tensor_parallel, request.expert_parallel, request.per_layer),
+        rules=PlanRules(dict(request.multiples), request.tensor_parallel, request.expert_parallel, request.per_layer),
         sizes_before=before,
         sizes_after=sizes,
         units=units,
@@ -149,12 +150,13 @@ def _spread(parent: Parent, request: PlanRequest, units: Units, orders: ScoreOrd
             "per_layer=true: nothing loads a model with experts whose layers differ. Leave it out, or plan a dense "
             "model."
         )
-    if request.multiple_of % request.tensor_parallel:
+    step = request.multiples["ffn"]
+    if step % request.tensor_parallel:
         raise PlanError(
-            f"per_layer=true: tensor_parallel={request.tensor_parallel} must divide multiple_of={request.multiple_of}, "
+            f"per_layer=true: tensor_parallel={request.tensor_parallel} must divide multiple_of={step}, "
             "as each layer keeps a multiple of it."
         )
-    return spread_over_layers(parent.config, units, orders, request.multiple_of)
+    return spread_over_layers(parent.config, units, orders, step)
 
 
 def _budget_warnings(parent: Parent, request: PlanRequest, units: Units, after: ModelSize) -> list[str]:

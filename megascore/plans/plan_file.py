@@ -14,11 +14,11 @@ from megascore.plans.model_size import model_size
 from megascore.plans.parent import Parent
 from megascore.plans.plan import Plan, PlanRules, ScoresUsed
 from megascore.plans.ranges import parse_ranges, ranges_text
-from megascore.plans.request import PlanRequest
+from megascore.plans.request import CHANNELS, PlanRequest
 from megascore.plans.sizes import check_sizes, sizes_of_parent
 from megascore.plans.units import LayerUnits, Units, all_units, check_units
 
-__all__ = ["as_document", "read_plan", "write_plan"]
+__all__ = ["as_document", "load_plan", "read_plan", "write_plan"]
 
 VERSION = 1
 HEADER = """\
@@ -44,7 +44,7 @@ def as_document(plan: Plan) -> dict[str, Any]:
         "megascore_plan": VERSION,
         "model": {"path": plan.model, "type": plan.model_type, "weights_fingerprint": plan.weights_fingerprint},
         "scores": {"path": plan.scores.path, "sha256": plan.scores.sha256, "methods": dict(plan.scores.methods)},
-        "rules": vars(plan.rules).copy(),
+        "rules": {**vars(plan.rules), "multiple_of": dict(plan.rules.multiple_of)},
         "sizes": {
             target: {"before": before, "after": plan.sizes_after[target]}
             for target, before in plan.sizes_before.items()
@@ -53,6 +53,25 @@ def as_document(plan: Plan) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "kept": _kept_document(plan),
     }
+
+
+def load_plan(path: str | Path, model: str | Path | None = None) -> Plan:
+    """Read a plan and check it against its model, of which headers and samples are read.
+
+    Args:
+        path: The file.
+        model: Hugging Face folder of the model; None for the one that the plan names.
+
+    Raises:
+        PlanError: it can't be read, is of another model, or does not fit: naming the size and the rule.
+        ModelError: the folder is no whole checkpoint of a known family.
+    """
+    if model is None:
+        entry = _load(str(path)).get("model")
+        model = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(model, str) or not (Path(model) / "config.json").is_file():
+            raise PlanError(f"{path} is for the model {model!r}, which is no Hugging Face folder here: name it.")
+    return read_plan(path, Parent.of(model))
 
 
 def read_plan(path: str | Path, parent: Parent) -> Plan:
@@ -76,7 +95,7 @@ def read_plan(path: str | Path, parent: Parent) -> Plan:
         fingerprint = str(document["model"]["weights_fingerprint"])
         warnings = tuple(str(text) for text in document.get("warnings") or ())
         request = PlanRequest(
-            multiple_of=_count(rules.multiple_of),
+            multiples={target: _count(rules.multiple_of[target]) for target in CHANNELS},
             tensor_parallel=_count(rules.tensor_parallel),
             expert_parallel=_count(rules.expert_parallel),
             per_layer=bool(rules.per_layer),
@@ -201,10 +220,10 @@ def _units(where: str, kept: Mapping[str, Any], by_layer: Mapping[Any, Any], par
 def _check_against_sizes(where: str, units: Units, after: Mapping[str, int], rules: PlanRules) -> None:
     if rules.per_layer:
         for layer, kept in units.kept_layers():
-            if len(kept.ffn) % rules.multiple_of:
+            if len(kept.ffn) % rules.multiple_of["ffn"]:
                 raise PlanError(
                     f"{where}: layer {layer} keeps {len(kept.ffn)} channels: expected a multiple of "
-                    f"rules.multiple_of={rules.multiple_of}."
+                    f"rules.multiple_of.ffn={rules.multiple_of['ffn']}."
                 )
     for target, found in units.sizes().items():
         if not found or (target == "ffn" and rules.per_layer):

@@ -17,6 +17,8 @@ __all__ = ["BUDGETS", "CHANNELS", "PlanRequest", "parse_request"]
 BUDGETS = ("params", "active_params", "memory")
 CHANNELS = ("hidden_size", "ffn", "expert_ffn", "shared_expert_ffn")
 """Targets whose sizes are rounded to multiples."""
+MULTIPLE_OF = 64
+"""What kernels of GPUs work best with."""
 UNITS_OF_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -34,7 +36,8 @@ class PlanRequest:
     """Sequences whose keys and values count for a budget of memory."""
     length: int = 4096
     """Positions of each of those sequences."""
-    multiple_of: int = 64
+    multiples: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(CHANNELS, MULTIPLE_OF))
+    """What the size of each of `CHANNELS` is a multiple of."""
     tensor_parallel: int = 1
     expert_parallel: int = 1
     per_layer: bool = False
@@ -59,11 +62,11 @@ def parse_request(pairs: Mapping[str, Any]) -> PlanRequest:
     known = {*TARGETS, *BUDGETS, "axes", "batch", "length", "multiple_of", "tensor_parallel", "expert_parallel"}
     known |= {"per_layer", "model", "same_weights"}
     methods = {key.removeprefix("method."): str(value) for key, value in pairs.items() if key.startswith("method.")}
+    known |= {f"method.{target}" for target in TARGETS} | {f"multiple_of.{target}" for target in CHANNELS}
     for key in pairs:
-        name = key.removeprefix("method.")
-        if name not in (TARGETS if key.startswith("method.") else known):
+        if key not in known:
             near = get_close_matches(key, known, n=3) or sorted(known)
-            raise PlanError(f"a plan has no key '{key}': expected {', '.join(near)}, or method.TARGET.")
+            raise PlanError(f"a plan has no key '{key}': expected {', '.join(near)}.")
     widths = {target: _width(target, pairs[target]) for target in TARGETS if target in pairs}
     given = [key for key in BUDGETS if key in pairs]
     if len(given) > 1:
@@ -89,8 +92,12 @@ def parse_request(pairs: Mapping[str, Any]) -> PlanRequest:
         same_weights=_flag("same_weights", pairs.get("same_weights", False)),
         **{
             key: _count(key, pairs[key])
-            for key in ("batch", "length", "multiple_of", "tensor_parallel", "expert_parallel")
+            for key in ("batch", "length", "tensor_parallel", "expert_parallel")
             if key in pairs
+        },
+        multiples={
+            target: _count("multiple_of", pairs.get(f"multiple_of.{target}", pairs.get("multiple_of", MULTIPLE_OF)))
+            for target in CHANNELS
         },
     )
 

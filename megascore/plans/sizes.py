@@ -10,11 +10,12 @@ from megascore.plans.model_size import kv_cache_bytes, model_size
 from megascore.plans.request import PlanRequest
 from megascore.plans.units import LayerUnits, Units, experts_per_token
 from megascore.weights.huggingface.config import HuggingFaceModelConfig
+from megascore.weights.huggingface.families import FAMILIES
 
 __all__ = ["check_sizes", "resolve_sizes", "sizes_of_parent"]
 
-ORDER = ("layers", "hidden_size", "ffn", "kv_heads", "attention_heads", "experts", "expert_ffn")
-"""Heads behind KV heads, whose number they depend on."""
+ORDER = ("layers", "ffn", "kv_heads", "attention_heads", "hidden_size", "experts", "expert_ffn")
+"""Heads behind KV heads, whose number they depend on, and the hidden size behind heads."""
 
 
 def sizes_of_parent(config: HuggingFaceModelConfig) -> dict[str, int]:
@@ -120,11 +121,16 @@ def _allowed(target: str, request: PlanRequest, config: HuggingFaceModelConfig, 
     """
     total = sizes_of_parent(config)[target]
     tensor = request.tensor_parallel
+
+    def is_multiple(size: int) -> bool:
+        return size == total or size % request.multiples[target] == 0
+
+    heads = sizes.get("attention_heads", 1) if _hidden_goes_with_heads(config) else 1
     rules: dict[str, Callable[[int], bool]] = {
         "layers": lambda size: True,
-        "hidden_size": lambda size: size == total or size % request.multiple_of == 0,
-        "ffn": lambda size: size % tensor == 0 and (size == total or size % request.multiple_of == 0),
-        "expert_ffn": lambda size: size == total or size % request.multiple_of == 0,
+        "hidden_size": lambda size: is_multiple(size) and size % heads == 0,
+        "ffn": lambda size: is_multiple(size) and size % tensor == 0,
+        "expert_ffn": is_multiple,
         # Megatron gives each rank a copy where there are more ranks than KV heads.
         "kv_heads": lambda size: size % tensor == 0 or tensor % size == 0,
         "attention_heads": lambda size: (
@@ -139,13 +145,18 @@ def _allowed(target: str, request: PlanRequest, config: HuggingFaceModelConfig, 
 
 
 def _rule(target: str, request: PlanRequest, config: HuggingFaceModelConfig, sizes: dict[str, int]) -> str:
-    tensor = request.tensor_parallel
-    by_tensor = f"tensor_parallel={tensor}"
+    by_tensor = f"tensor_parallel={request.tensor_parallel}"
+    multiple = f"it must be a multiple of {request.multiples.get(target, 1)} (multiple_of.{target})"
+    and_heads = (
+        f" and of the {sizes.get('attention_heads', '?')} attention heads, as transformers asks of this family"
+        if _hidden_goes_with_heads(config)
+        else ""
+    )
     return {
         "layers": "there is one layer at least",
-        "hidden_size": f"it must be a multiple of multiple_of={request.multiple_of}",
-        "ffn": f"it must be a multiple of multiple_of={request.multiple_of} that {by_tensor} divides",
-        "expert_ffn": f"it must be a multiple of multiple_of={request.multiple_of}",
+        "hidden_size": f"{multiple}{and_heads}",
+        "ffn": f"{multiple} that {by_tensor} divides",
+        "expert_ffn": multiple,
         "kv_heads": f"{by_tensor} must divide it, or be a multiple of it",
         "attention_heads": (
             f"each of the {sizes.get('kv_heads', '?')} KV heads must have the same number of them, at most "
@@ -156,6 +167,10 @@ def _rule(target: str, request: PlanRequest, config: HuggingFaceModelConfig, siz
             f"{experts_per_token(config)}"
         ),
     }[target]
+
+
+def _hidden_goes_with_heads(config: HuggingFaceModelConfig) -> bool:
+    return FAMILIES[config.architecture.model_type].hidden_multiple_of_heads
 
 
 def _in_group(config: HuggingFaceModelConfig) -> int:

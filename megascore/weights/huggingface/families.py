@@ -50,6 +50,8 @@ class Family:
     """Names of the experts' tensors; None for a dense family."""
     expert_sizes: ExpertSizes | None = None
     """Where config.json has the sizes of the experts; None for a dense family."""
+    hidden_multiple_of_heads: bool = False
+    """Whether transformers refuses a hidden size that is no multiple of the attention heads, whatever head_dim says."""
     can_have_dense_layers: bool = False
     """Whether config.json can say that some layers have no experts (``mlp_only_layers``, ``decoder_sparse_step``)."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +59,7 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(),
+    "llama": Family(hidden_multiple_of_heads=True),
     "mistral": Family(
         can_slide=True,
         slides_everywhere=True,
