@@ -29,7 +29,7 @@ from megascore.parallel.comm import agree, broadcast_object, world_rank
 from megascore.resume.snapshot import fingerprint_of, identity_of
 from megascore.sites.requests import ScoreRequest, resolve_scores
 
-__all__ = ["JobInputs", "check_job", "check_model", "problems", "read_inputs"]
+__all__ = ["JobInputs", "check_inputs", "check_job", "check_model", "problems", "read_inputs"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,19 @@ def problems(config: JobConfig, source: ModelSource) -> Iterator[MegascoreError]
             yield error
 
 
+def check_inputs(config: JobConfig) -> ModelSource:
+    """Refuse a model, layout, weights or data source that are wrong; for jobs that write no scores. Not collective.
+
+    Raises:
+        MegascoreError: see `check_job`.
+    """
+    source = check_model(config)
+    source.weights.check()
+    if world_rank() == 0:
+        check_source(config.data)
+    return source
+
+
 def _check_weights_are_named(model: ModelConfig) -> None:
     if model.provider is not None and model.load is None and model.fingerprint is None:
         raise ConfigError(
@@ -143,7 +156,7 @@ def read_inputs(config: JobConfig, source: ModelSource, form: ModelForm) -> JobI
         },
     )
     metadata = {
-        "model": {"name": source.name, "dtype": config.model.dtype},
+        "model": {"name": source.name, "dtype": config.model.dtype, **_path_of(config.model)},
         "run_fingerprint": fingerprint_of(identity),
         "weights_fingerprint": weights_fingerprint,
         "data_fingerprint": samples.fingerprint,
@@ -166,6 +179,11 @@ def _check_samples(
             f"{samples.source} gives token {largest}, but the model {source.name} has {source.vocab_size} tokens: the "
             "data was not tokenized for this model, or tokenizer and weights are not of one model."
         )
+
+
+def _path_of(model: ModelConfig) -> dict[str, str]:
+    """Return where the model's Hugging Face folder is, for whoever plans by the scores."""
+    return {} if model.hf is None else {"path": str(Path(model.hf).resolve())}
 
 
 def _facts_of_data(data: DataConfig, seed: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from megascore.scores.report import render_scores
 from megascore.scores.score_file import Scores
 from megascore.sites.requests import check_num_steps
 
-__all__ = ["run_job"]
+__all__ = ["quiet_megatron", "run_job"]
 
 
 def run_job(
@@ -65,7 +65,7 @@ def run_job(
         Preempted: a signal asked for it, and everything is saved.
     """
     if config.run.steps == 0:
-        with _quiet_megatron():
+        with quiet_megatron():
             planned = dry_run(config)
         if planned is not None:
             render_dry_run(planned, console)
@@ -75,7 +75,7 @@ def run_job(
     plan, signals = _checkpoint_plan(config), Signals()
     # Signals are noted from the beginning: joining the others and reading the data take a while.
     with (
-        _quiet_megatron(),
+        quiet_megatron(),
         nullcontext() if plan is None else signals,
         parallel_world(config.parallel, form.device, timeout),
     ):
@@ -130,7 +130,7 @@ def _make_store(folder: str | None, memory_gb: float) -> TensorStore:
 
 
 @contextmanager
-def _quiet_megatron() -> Iterator[None]:
+def quiet_megatron() -> Iterator[None]:
     """Leave out what Megatron warns of on every rank and no user of a job can change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)

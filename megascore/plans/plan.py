@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def make_plan(scores: Scores | str | Path, request: PlanRequest) -> Plan:
     found = scores if isinstance(scores, Scores) else load_scores(scores)
     parent = Parent.of(request.model or _model_of(found))
     parent.check_scores(found, request.same_weights)
-    config = parent.config
+    config, request = parent.config, _with_absolute_budget(request, parent)
     sizes = resolve_sizes(request, config, parent.bytes_per_value)
     before = sizes_of_parent(config)
     if sizes == before and not request.per_layer:
@@ -164,15 +164,31 @@ def _budget_warnings(parent: Parent, request: PlanRequest, units: Units, after: 
     if request.budget is None:
         return []
     name, most = request.budget
-    cost = {"params": after.parameters, "active_params": after.active_parameters, "memory": after.bytes}[name]
-    if name == "memory":
-        cost += kv_cache_bytes(parent.config, units, parent.bytes_per_value, request.batch, request.length)
+    cost = _cost(name, parent, units, after, request)
     over = cost > most
     return [f"{name} comes to {cost:,}, over the budget of {most:,.0f}: layers differ in size. Ask for less."] * over
 
 
+def _with_absolute_budget(request: PlanRequest, parent: Parent) -> PlanRequest:
+    """Return a request whose budget is a number, where it was a part of what the parent has."""
+    if request.budget is None or request.budget[1] >= 1:
+        return request
+    name, part = request.budget
+    return replace(request, budget=(name, part * _cost(name, parent, parent.units, parent.size, request)))
+
+
+def _cost(name: str, parent: Parent, units: Units, size: ModelSize, request: PlanRequest) -> int:
+    """Return what a model comes to in terms of a budget."""
+    if name == "memory":
+        cache = kv_cache_bytes(parent.config, units, parent.bytes_per_value, request.batch, request.length)
+        return size.bytes + cache
+    return {"params": size.parameters, "active_params": size.active_parameters}[name]
+
+
 def _model_of(scores: Scores) -> str:
-    name = scores.metadata.get("model", {}).get("name")
+    model = scores.metadata.get("model", {})
+    # attach() knows the name alone, which transformers makes the folder.
+    name = model.get("path", model.get("name"))
     if isinstance(name, str) and (Path(name) / "config.json").is_file():
         return name
     raise PlanError(

@@ -18,7 +18,7 @@ from megascore.plans.request import CHANNELS, PlanRequest
 from megascore.plans.sizes import check_sizes, sizes_of_parent
 from megascore.plans.units import LayerUnits, Units, all_units, check_units
 
-__all__ = ["as_document", "load_plan", "read_plan", "write_plan"]
+__all__ = ["as_document", "load_plan", "plan_of_document", "read_plan", "write_plan"]
 
 VERSION = 1
 HEADER = """\
@@ -85,7 +85,20 @@ def read_plan(path: str | Path, parent: Parent) -> Plan:
         PlanError: it can't be read, is of another model, or does not fit: naming the size and the rule.
     """
     where = str(path)
-    document = _load(where)
+    return plan_of_document(where, _load(where), parent)
+
+
+def plan_of_document(where: str, document: Any, parent: Parent) -> Plan:
+    """Return the plan of a parsed file, checked against its model.
+
+    Args:
+        where: The file, for errors.
+        document: As `as_document` returns it.
+        parent: The model.
+
+    Raises:
+        PlanError: as `read_plan`.
+    """
     config = parent.config
     try:
         before = {target: _count(entry["before"]) for target, entry in document["sizes"].items()}
@@ -158,6 +171,10 @@ def _count(value: Any) -> int:
     return value
 
 
+def _number(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
+
+
 def _kept_document(plan: Plan) -> dict[str, Any]:
     units, before = plan.units, plan.sizes_before
     kept: dict[str, Any] = {}
@@ -191,6 +208,8 @@ def _units(where: str, kept: Mapping[str, Any], by_layer: Mapping[Any, Any], par
         return parse_ranges(entry[target], f"{where}: {name}{target}") if target in entry else default
 
     layers = numbers("", kept, "layers", whole.layers)
+    # JSON knows texts alone as keys.
+    by_layer = {_number(key): entry for key, entry in by_layer.items()}
     alone = sorted(str(layer) for layer in by_layer if layer not in layers)
     if alone:
         raise PlanError(f"{where}: by_layer has the layers {', '.join(alone[:5])}, which 'layers' does not keep.")
@@ -203,7 +222,8 @@ def _units(where: str, kept: Mapping[str, Any], by_layer: Mapping[Any, Any], par
             raise PlanError(f"{where}: {name}expected a mapping of {', '.join(LAYER_TARGETS)} and expert_ffn.")
         parent_units = whole.of_layers[layer]
         values = {target: numbers(name, entry, target, getattr(parent_units, target)) for target in LAYER_TARGETS}
-        channels = entry.get("expert_ffn") or {}
+        given = entry.get("expert_ffn") or {}
+        channels = {_number(key): text for key, text in given.items()} if isinstance(given, Mapping) else given
         if not isinstance(channels, Mapping) or set(channels) - set(values["experts"]):
             raise PlanError(f"{where}: {name}expert_ffn must be a mapping with kept experts as keys.")
         all_channels = tuple(range(parent.config.architecture.experts.ffn_size)) if values["experts"] else ()  # type: ignore[union-attr]  # a layer with experts is of a model with experts

@@ -29,7 +29,7 @@ class PlanRequest:
     widths: Mapping[str, float | int] = field(default_factory=dict)
     """Sizes by target: a whole number of units, or a fraction below 1 of those that there are."""
     budget: tuple[str, float] | None = None
-    """One of `BUDGETS`, and the most that it may come to: parameters, or bytes."""
+    """One of `BUDGETS`, and the most that it may come to: parameters, or bytes; below 1 a part of the parent's."""
     axes: tuple[str, ...] | None = None
     """Targets that are cut to meet the budget, all by the same fraction; None for all FFN channels."""
     batch: int = 1
@@ -122,13 +122,17 @@ def _count(key: str, value: Any, expected: str = "a whole number of at least 1")
 
 
 def _amount(key: str, value: Any) -> float:
+    if (part := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", str(value).strip())) is not None:
+        if not 0 < float(part[1]) < 100:
+            raise PlanError(f"{key}={value}: expected more than 0 % and less than 100 % of the parent's.")
+        return float(part[1]) / 100
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]{1,3})?)\s*([A-Za-z]*)", str(value).strip())
     unit = "" if match is None else match[2].upper()
     units = UNITS_OF_BYTES if key == "memory" else {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
     amount = float(match[1]) * units[unit] if match is not None and unit in units else math.nan
-    if not 0 < amount < 1e18:
+    if not 1 <= amount < 1e18:
         example = "40GiB" if key == "memory" else "6e9"
-        raise PlanError(f"{key}={value}: expected a number above 0 such as {example}.")
+        raise PlanError(f"{key}={value}: expected a number such as {example}, or a part such as 80%.")
     return amount
 
 

@@ -1,28 +1,21 @@
-"""The command line: ``megascore score``, ``show``, ``compare``, ``status`` and ``env``."""
+"""The commands ``score``, ``show``, ``compare``, ``status`` and ``env``."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
-from rich.console import Console
-
-import megascore
+from megascore.cli.common import console_on, job_of_ranks
 from megascore.config import load_config
 from megascore.environment import look_around, render_environment
-from megascore.errors import MegascoreError
-from megascore.process.failures import run_and_report
-from megascore.process.launcher import ending_with_launcher
 from megascore.resume.progress_file import RunState, read_status
 from megascore.scores.compare import compare, render_comparison
 from megascore.scores.report import render_scores
 from megascore.scores.score_file import load_scores
 
-__all__ = ["main", "make_parser"]
+__all__ = ["add_commands"]
 
 BEYOND_TOLERANCE = 1
 CODE_OF_STATE = {
@@ -33,49 +26,9 @@ CODE_OF_STATE = {
     RunState.FAILED: 6,
 }
 
-_EXIT_CODES = """\
-exit codes:
-  0  the result is whole
-  1  compare: a difference beyond --tolerance, or keys, lengths or unseen entries that don't match;
-     also any error that megascore doesn't know (with a traceback)
-  2  usage, or an error that its text explains: config, data, model, layout, score file
-  3  score: this rank stopped because another one failed; the other's error is the one to read
-  4  status: the run was stopped or interrupted, and the same command goes on with it
-  5  status: the run is going on
-  6  status: the run failed, by an error that has to be mended first
- 75  score: stopped by SIGTERM or SIGUSR1 with everything saved; the same command goes on
 
-MEGASCORE_DEBUG=1 shows tracebacks of all errors.
-"""
-_EXTRA_OF_PACKAGE = {"megatron": "megatron", "transformers": "huggingface", "tokenizers": "huggingface"}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: Arguments without the program's name; None takes the process's own.
-
-    Returns:
-        The exit code (see ``megascore --help``). Errors that megascore doesn't know come through.
-
-    Raises:
-        SystemExit: wrong usage (2), ``--help`` and ``--version`` (0).
-    """
-    arguments = make_parser().parse_args(argv)
-    return run_and_report(lambda: int(arguments.command(arguments)), _console(sys.stderr))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; what it returns has the command as the function ``command``."""
-    parser = argparse.ArgumentParser(
-        prog="megascore",
-        description="Which channels, heads, features and layers of a model matter.",
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"megascore {megascore.__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+def add_commands(commands: Any) -> None:
+    """Add the commands to a parser's subparsers."""
     score = commands.add_parser(
         "score",
         help="score a model; runs by itself or under torchrun",
@@ -121,37 +74,27 @@ def make_parser() -> argparse.ArgumentParser:
         description="Show versions, packages and GPUs, and which optional paths they turn on or off, and why.",
     )
     env.set_defaults(command=_env)
-    return parser
 
 
 def _score(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    try:
+    with job_of_ranks("score"):
         from megascore.job.job import run_job
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRA_OF_PACKAGE:
-            raise
-        extra = _EXTRA_OF_PACKAGE[package]
-        raise MegascoreError(
-            f"'megascore score' needs the package '{error.name}', which isn't installed: "
-            f"pip install 'megascore[{extra}]'"
-        ) from error
-    with ending_with_launcher():
-        run_job(config, _console(sys.stdout))
+
+        run_job(config, console_on(sys.stdout))
     return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
     scores = load_scores(arguments.scores)
-    _console(sys.stdout).print(render_scores(scores, arguments.fraction))
+    console_on(sys.stdout).print(render_scores(scores, arguments.fraction))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     a, b = load_scores(arguments.a), load_scores(arguments.b)
     comparison = compare(a, b, arguments.fraction)
-    console = _console(sys.stdout)
+    console = console_on(sys.stdout)
     console.print(f"A: {arguments.a}\nB: {arguments.b}\n", soft_wrap=True, highlight=False, markup=False)
     console.print(render_comparison(comparison, tolerance=arguments.tolerance, show_all=arguments.all))
     if arguments.tolerance is None or comparison.within(arguments.tolerance):
@@ -161,7 +104,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     status = read_status(arguments.folder)
-    console = _console(sys.stdout)
+    console = console_on(sys.stdout)
     for name, value in status.items():
         if value is not None:
             console.print(f"{name}: {value}", soft_wrap=True, highlight=False, markup=False)
@@ -169,17 +112,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    _console(sys.stdout).print(render_environment(look_around()))
+    console_on(sys.stdout).print(render_environment(look_around()))
     return 0
-
-
-def _console(stream: TextIO) -> Console:
-    # A stream that can't show a character, such as a log in the C locale, gets a '?' instead of a crash at the end.
-    reconfigure = getattr(stream, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")
-    width = None if stream.isatty() or "COLUMNS" in os.environ else 100
-    return Console(file=stream, width=width)
 
 
 def _fraction(text: str) -> float:

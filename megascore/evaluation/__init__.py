@@ -1,0 +1,1 @@
+"""What a smaller model lost: paired differences with their standard errors, as a table and as JSON."""
