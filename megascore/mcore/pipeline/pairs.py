@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,21 +19,73 @@ __all__ = ["PAIR_SUMS", "Predictions", "compare_predictions", "predictions"]
 PAIR_SUMS = ("tokens", "nats", "other_nats", "kl", "agreement", "acceptance")
 """Columns of what `compare_predictions` returns, each a sum over the predicted tokens of a sample."""
 POSITIONS_AT_ONCE = 512
-"""Whole vocabularies in float64 are large: so many positions of a sample are compared at a time."""
+"""Whole vocabularies are large: beside the log-probabilities, values of so many positions are in memory at a time."""
 
 
-class Predictions(NamedTuple):
-    """One model's logits for a micro-batch, on a rank that has them."""
+class Predictions:
+    """One model's log-probabilities for a micro-batch, on a rank that has its logits.
 
-    logits: Tensor
-    """[B, S, V / TP], of this context-parallel rank's positions."""
-    vocab_size: int | None
-    """How many of the V entries are tokens; None: all."""
+    They are of this context-parallel rank's positions, over a vocabulary that is split over tensor-parallel ranks:
+    [B, S, V / TP], in the type of the logits, float32 at least. All methods are collective over the tensor axis.
+    """
+
+    def __init__(self, logits: Tensor, vocab_size: int | None) -> None:
+        """Normalize.
+
+        Args:
+            logits: [B, S, V / TP]; not changed.
+            vocab_size: How many of the V entries are tokens; those behind them pad the vocabulary. None: all are.
+        """
+        self._group = parallel_state.get_tensor_model_parallel_group()
+        values = logits.clone() if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        size = values.shape[-1]
+        self._offset = dist.get_rank(self._group) * size
+        num_tokens = size if vocab_size is None else max(0, min(size, vocab_size - self._offset))
+        self._padding = slice(num_tokens, size)
+        values[..., self._padding] = -torch.inf
+        own_largest, own_best = values.max(-1)
+        largest = own_largest.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        # Of equal ones that with the smaller number is the best, whatever the layout.
+        none = torch.iinfo(torch.int64).max
+        self.best = (own_best + self._offset).where(own_largest == largest, none)
+        """[B, S] the most likely token, the same on all tensor-parallel ranks."""
+        dist.all_reduce(self.best, op=dist.ReduceOp.MIN, group=self._group)
+        values -= largest.unsqueeze(-1)
+        for part in _parts(values.shape[1]):
+            values[:, part] -= self.summed(values[:, part].exp()).log().unsqueeze(-1).to(values.dtype)
+        self.values = values
+
+    def nats(self, labels: Tensor, part: slice) -> Tensor:
+        """Return the negative log-likelihood of labels [B, s], of a part of the positions: float64."""
+        values = self.values[:, part]
+        local = labels - self._offset
+        is_here = (local >= 0) & (local < values.shape[-1])
+        picked = values.gather(-1, local.where(is_here, 0).unsqueeze(-1))
+        return -self.summed(picked.where(is_here.unsqueeze(-1), 0.0))
+
+    def divergence(self, other: Predictions, part: slice) -> Tensor:
+        """Return KL(this || other) in nats, of a part of the positions: [B, s] float64."""
+        values = self.values[:, part]
+        difference = values - other.values[:, part]
+        # Where there is no token both are -inf.
+        difference[..., self._padding] = 0.0
+        return self.summed(values.exp().mul_(difference))
+
+    def overlap(self, other: Predictions, part: slice) -> Tensor:
+        """Return the sum over the vocabulary of the smaller probability, of a part: [B, s] float64."""
+        return self.summed(torch.minimum(self.values[:, part], other.values[:, part]).exp_())
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Return the sum over the whole vocabulary, float64."""
+        own = values.sum(-1, dtype=torch.float64)
+        dist.all_reduce(own, group=self._group)
+        return own
 
 
 @torch.no_grad()
 def predictions(chunks: Sequence[Any], tokens: Tensor) -> Predictions | None:
-    """Run one micro-batch and return its logits; None on ranks that do not have them.
+    """Run one micro-batch and return its predictions; None on ranks that do not have them.
 
     Collective over tensor, context and pipeline ranks, with the same micro-batch.
 
@@ -46,7 +98,7 @@ def predictions(chunks: Sequence[Any], tokens: Tensor) -> Predictions | None:
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     assert len(caught) == 1, "one micro-batch goes once through the last chunk"
-    return Predictions(caught[0], getattr(chunks[-1], "vocab_size", None))
+    return Predictions(caught.pop(), getattr(chunks[-1], "vocab_size", None))
 
 
 @torch.no_grad()
@@ -67,7 +119,7 @@ def compare_predictions(one: Predictions, other: Predictions, tokens: Tensor, ma
         over the vocabulary of the smaller probability (what speculative sampling would accept). The same on
         tensor-parallel ranks.
     """
-    device = one.logits.device
+    device = one.values.device
     rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     positions = local_positions(tokens.shape[1], rank, size, device)
     # The last token of a sequence, the last one of the first context-parallel rank, has none after it to predict.
@@ -76,22 +128,23 @@ def compare_predictions(one: Predictions, other: Predictions, tokens: Tensor, ma
     labels = tokens[:, following]
     counted = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.to(device)[:, following]
     sums = torch.zeros(len(tokens), len(PAIR_SUMS), dtype=torch.float64, device=device)
-    for start in range(0, num_predicting, POSITIONS_AT_ONCE):
-        part = slice(start, min(start + POSITIONS_AT_ONCE, num_predicting))
-        first, second = _LogProbabilities(one, part), _LogProbabilities(other, part)
-        values = torch.stack(
-            [
-                torch.ones_like(labels[:, part], dtype=torch.float64),
-                first.nats(labels[:, part]),
-                second.nats(labels[:, part]),
-                _summed(first.values.exp() * (first.finite() - second.finite())),
-                (first.best() == second.best()).double(),
-                _summed(torch.minimum(first.values, second.values).exp()),
-            ],
-            dim=-1,
-        )
-        sums += (values * counted[:, part].unsqueeze(-1)).sum(1)
+    for part in _parts(num_predicting):
+        own_labels = labels[:, part]
+        values = [
+            torch.ones_like(own_labels, dtype=torch.float64),
+            one.nats(own_labels, part),
+            other.nats(own_labels, part),
+            one.divergence(other, part),
+            (one.best[:, part] == other.best[:, part]).double(),
+            one.overlap(other, part),
+        ]
+        sums += (torch.stack(values, dim=-1) * counted[:, part].unsqueeze(-1)).sum(1)
     return sums
+
+
+def _parts(length: int) -> Iterator[slice]:
+    for start in range(0, length, POSITIONS_AT_ONCE):
+        yield slice(start, min(start + POSITIONS_AT_ONCE, length))
 
 
 @contextmanager
@@ -106,52 +159,3 @@ def _catching(chunk: Any) -> Iterator[list[Tensor]]:
         yield caught
     finally:
         handle.remove()
-
-
-class _LogProbabilities:
-    """Log-probabilities of some positions, [B, s, V / TP] float64, over a vocabulary that is split over ranks."""
-
-    def __init__(self, predictions: Predictions, part: slice) -> None:
-        self._group = parallel_state.get_tensor_model_parallel_group()
-        logits = predictions.logits[:, part].double()
-        size = logits.shape[-1]
-        self._offset = dist.get_rank(self._group) * size
-        self._is_token = torch.ones(size, dtype=torch.bool, device=logits.device)
-        if predictions.vocab_size is not None:
-            self._is_token = torch.arange(self._offset, self._offset + size, device=logits.device)
-            self._is_token = self._is_token < predictions.vocab_size
-            logits = logits.masked_fill(~self._is_token, -torch.inf)
-        self._largest = logits.amax(-1)
-        dist.all_reduce(self._largest, op=dist.ReduceOp.MAX, group=self._group)
-        self._own_largest, self._own_best = logits.max(-1)
-        logits = logits - self._largest.unsqueeze(-1)
-        self.values = logits - _summed(logits.exp()).log().unsqueeze(-1)
-        """-inf where there is no token."""
-
-    def finite(self) -> Tensor:
-        """Return the values with zeros where there is no token."""
-        return self.values.masked_fill(~self._is_token, 0.0)
-
-    def nats(self, labels: Tensor) -> Tensor:
-        """Return the negative log-likelihood of labels [B, s]."""
-        local = labels - self._offset
-        is_here = (local >= 0) & (local < self.values.shape[-1])
-        picked = self.values.gather(-1, local.where(is_here, 0).unsqueeze(-1)).squeeze(-1)
-        return -_sum_over_ranks(picked.where(is_here, 0.0))
-
-    def best(self) -> Tensor:
-        """Return the most likely token [B, s]; of equal ones that with the smaller number, whatever the layout."""
-        none = torch.iinfo(torch.int64).max
-        best = (self._own_best + self._offset).where(self._own_largest == self._largest, none)
-        dist.all_reduce(best, op=dist.ReduceOp.MIN, group=self._group)
-        return best
-
-
-def _summed(values: Tensor) -> Tensor:
-    """Return the sum over the whole vocabulary. Collective over the tensor axis."""
-    return _sum_over_ranks(values.sum(-1))
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    dist.all_reduce(values, group=parallel_state.get_tensor_model_parallel_group())
-    return values
