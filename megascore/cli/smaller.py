@@ -12,7 +12,7 @@ from megascore.cli.common import console_on, job_of_ranks
 from megascore.config import load_config
 from megascore.errors import PlanError
 from megascore.plans.plan import make_plan
-from megascore.plans.request import parse_request
+from megascore.plans.request import is_plan_key, parse_request
 from megascore.plans.table import render_plan
 from megascore.pruning.prune import prune
 
@@ -24,9 +24,9 @@ def add_commands(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="plan a smaller model by a score file",
-        description="Choose which units of a model stay, and write that as YAML that can be edited. Sizes: ffn=75%%, "
+        description="Choose which units of a model stay, and write that as YAML that can be edited. Sizes: ffn=75%, "
         "hidden_size=1536, layers=24, attention_heads, kv_heads, experts, expert_ffn. Budgets: params=6e9, "
-        "active_params=..., memory=40GiB (with batch=, length=), or a part such as params=80%%; axes=ffn,layers says "
+        "active_params=..., memory=40GiB (with batch=, length=), or a part such as params=80%; axes=ffn,layers says "
         "what meets them. Rules: multiple_of=64, tensor_parallel=, expert_parallel=, per_layer=true. "
         "method.TARGET=METHOD chooses among several; model=FOLDER names the model where the score file does not.",
     )
@@ -65,6 +65,23 @@ def add_commands(commands: Any) -> None:
         help="plan=PLAN, smaller=FOLDER, baselines=random,weight_norm, json=FILE; others override config values",
     )
     evaluated.set_defaults(command=_evaluate)
+    searched = commands.add_parser(
+        "search",
+        help="find the best plan for a budget; runs by itself or under torchrun",
+        description="Evaluate plans that meet a budget by masked loss, in one start of the model. After a kill the "
+        "same command goes on.",
+        epilog="Under torchrun: torchrun --nproc-per-node 2 -m megascore search CONFIG SCORES params=80% --to FOLDER",
+    )
+    searched.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of a scoring job")
+    searched.add_argument("scores", metavar="SCORES", type=Path, help="score file")
+    searched.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="+",
+        help="a budget (params=80%%), a grid (layers=24,27,30), axes= that meet it, rules; others override CONFIG",
+    )
+    searched.add_argument("--to", metavar="FOLDER", type=Path, required=True, help="folder for search.json, best.yaml")
+    searched.set_defaults(command=_search)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -93,6 +110,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             given["baselines"] = tuple(name for name in own["baselines"].split(",") if name)
         request = EvaluationRequest(output=own.get("json"), **given)
         run_evaluation(config, request, console_on(sys.stdout))
+    return 0
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    # Keys of a config have a section.
+    own = [text for text in arguments.overrides if is_plan_key(text.partition("=")[0])]
+    config = load_config(arguments.config, [text for text in arguments.overrides if text not in own])
+    with job_of_ranks("search"):
+        from megascore.job.search import SearchRequest, run_search
+
+        request = SearchRequest(str(arguments.scores), _pairs(own), str(arguments.to))
+        run_search(config, request, console_on(sys.stdout))
     return 0
 
 

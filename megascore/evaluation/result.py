@@ -17,7 +17,7 @@ from megascore.evaluation.statistics import Estimate, ratio
 from megascore.files.output_path import write_output
 from megascore.scores.report import new_table, titled
 
-__all__ = ["Evaluation", "ModelResult", "render_evaluation"]
+__all__ = ["Evaluation", "ModelResult", "render_evaluation", "with_error"]
 
 VERSION = 1
 
@@ -58,6 +58,27 @@ class ModelResult:
             ratio(agreement, tokens),
             ratio(acceptance, tokens),
             dict(size),
+        )
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> ModelResult:
+        """Make it of what `as_json` returned.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+
+        def pair(name: str) -> Estimate:
+            return Estimate(_number(content[name]["mean"]), _number(content[name]["standard_error"]))
+
+        return cls(
+            str(content["name"]),
+            _number(content["loss"]),
+            pair("loss_rise"),
+            pair("kl"),
+            pair("agreement"),
+            pair("acceptance"),
+            {str(key): int(value) for key, value in content["size"].items()},
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -134,8 +155,8 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
             result.name,
             _millions(result.size),
             f"{result.loss:.4f}",
-            _with_error(result.loss_rise, 4),
-            _with_error(result.kl, 4),
+            with_error(result.loss_rise, 4),
+            with_error(result.kl, 4),
             _percent(result.agreement),
             _percent(result.acceptance),
         )
@@ -154,7 +175,8 @@ def _millions(size: Mapping[str, int]) -> str:
     return f"{size['parameters'] / 1e6:,.1f} M" if "parameters" in size else ""
 
 
-def _with_error(estimate: Estimate, digits: int) -> str:
+def with_error(estimate: Estimate, digits: int) -> str:
+    """Return ``0.5976 +-0.0736``."""
     error = "" if math.isnan(estimate.standard_error) else f" +-{estimate.standard_error:.{digits}f}"
     return f"{estimate.mean:.{digits}f}{error}"
 
@@ -162,6 +184,10 @@ def _with_error(estimate: Estimate, digits: int) -> str:
 def _percent(estimate: Estimate) -> str:
     error = "" if math.isnan(estimate.standard_error) else f" +-{100 * estimate.standard_error:.1f}"
     return f"{100 * estimate.mean:.1f}{error} %"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _finite(value: float) -> float | None:

@@ -19,7 +19,7 @@ from megascore.plans.units import Units
 from megascore.plans.warnings import warnings_of
 from megascore.scores.score_file import Scores, load_scores
 
-__all__ = ["Plan", "PlanRules", "ScoresUsed", "make_plan", "plan"]
+__all__ = ["Plan", "PlanRules", "ScoresUsed", "make_plan", "plan", "plan_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,21 @@ def make_plan(scores: Scores | str | Path, request: PlanRequest) -> Plan:
     found = scores if isinstance(scores, Scores) else load_scores(scores)
     parent = Parent.of(request.model or _model_of(found))
     parent.check_scores(found, request.same_weights)
+    return plan_for(found, path, parent, request)
+
+
+def plan_for(found: Scores, path: str, parent: Parent, request: PlanRequest) -> Plan:
+    """Return a plan by scores that were read, for a model that they are of.
+
+    Args:
+        found: The scores.
+        path: Where they are; empty for scores in memory.
+        parent: The model.
+        request: What is asked for.
+
+    Raises:
+        PlanError: what is asked for can't be.
+    """
     config, request = parent.config, _with_absolute_budget(request, parent)
     sizes = resolve_sizes(request, config, parent.bytes_per_value)
     before = sizes_of_parent(config)

@@ -12,7 +12,7 @@ from typing import Any
 from megascore.errors import PlanError
 from megascore.sites.targets import TARGETS
 
-__all__ = ["BUDGETS", "CHANNELS", "PlanRequest", "parse_request"]
+__all__ = ["BUDGETS", "CHANNELS", "PlanRequest", "is_plan_key", "parse_request"]
 
 BUDGETS = ("params", "active_params", "memory")
 CHANNELS = ("hidden_size", "ffn", "expert_ffn", "shared_expert_ffn")
@@ -20,6 +20,22 @@ CHANNELS = ("hidden_size", "ffn", "expert_ffn", "shared_expert_ffn")
 MULTIPLE_OF = 64
 """What kernels of GPUs work best with."""
 UNITS_OF_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+KEYS = frozenset(
+    {
+        *TARGETS,
+        *BUDGETS,
+        *(f"method.{target}" for target in TARGETS),
+        *(f"multiple_of.{target}" for target in CHANNELS),
+        *("axes", "batch", "length", "multiple_of", "tensor_parallel", "expert_parallel"),
+        *("per_layer", "model", "same_weights"),
+    }
+)
+
+
+def is_plan_key(key: str) -> bool:
+    """Tell whether a plan can be asked for something by this key."""
+    return key in KEYS
 
 
 @dataclass(frozen=True)
@@ -59,13 +75,10 @@ def parse_request(pairs: Mapping[str, Any]) -> PlanRequest:
     Raises:
         PlanError: an unknown key, or a value that is none; naming it, and what was expected.
     """
-    known = {*TARGETS, *BUDGETS, "axes", "batch", "length", "multiple_of", "tensor_parallel", "expert_parallel"}
-    known |= {"per_layer", "model", "same_weights"}
     methods = {key.removeprefix("method."): str(value) for key, value in pairs.items() if key.startswith("method.")}
-    known |= {f"method.{target}" for target in TARGETS} | {f"multiple_of.{target}" for target in CHANNELS}
     for key in pairs:
-        if key not in known:
-            near = get_close_matches(key, known, n=3) or sorted(known)
+        if not is_plan_key(key):
+            near = get_close_matches(key, KEYS, n=3) or sorted(KEYS)
             raise PlanError(f"a plan has no key '{key}': expected {', '.join(near)}.")
     widths = {target: _width(target, pairs[target]) for target in TARGETS if target in pairs}
     given = [key for key in BUDGETS if key in pairs]
