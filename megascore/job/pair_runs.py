@@ -77,7 +77,9 @@ def pair_sums(
     # Ranks of one tensor-parallel group have the same sums: one of them counts.
     counts = is_first_tensor_rank()
     tokens_per_step = share.global_batch_size * inputs.form.sequence_length
-    progress = ScoringProgress(inputs.total_steps, tokens_per_step, enabled=world_rank() == 0, console=console)
+    progress = ScoringProgress(
+        inputs.total_steps, tokens_per_step, enabled=world_rank() == 0, console=console, what="evaluating"
+    )
     with progress:
         for step in range(inputs.total_steps):
             for part in share.micro_batches(step, samples.num_samples):

@@ -35,6 +35,7 @@ class ScoringProgress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
         log_seconds: float = _LOG_SECONDS,
+        what: str = "scoring",
     ) -> None:
         """Prepare; nothing is shown before ``with``.
 
@@ -46,12 +47,14 @@ class ScoringProgress:
             console: Where to; standard error if None, so that standard output keeps the result.
             clock: Seconds, for tests.
             log_seconds: Least time between two lines where there is no terminal.
+            what: What is done.
         """
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
         self.steps = self._first_step = done_steps
         self.tokens = 0
         self._enabled = enabled
+        self._what = what
         self._console = console or Console(stderr=True)
         self._clock = clock
         self._log_seconds = log_seconds
@@ -117,9 +120,9 @@ class ScoringProgress:
         }
 
     def _start_bar(self) -> None:
-        columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("steps  {task.fields[rate]}"))
+        columns = (TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TextColumn("steps  {task.fields[rate]}"))
         self._bar = Progress(*columns, console=self._console, refresh_per_second=4)
-        self._task = self._bar.add_task("scoring", total=self.total_steps, completed=self.steps, rate="")
+        self._task = self._bar.add_task(self._what, total=self.total_steps, completed=self.steps, rate="")
         self._bar.start()
 
     def _line_is_due(self) -> bool:
@@ -135,7 +138,7 @@ class ScoringProgress:
 
     def _write(self, text: str) -> None:
         # One write of one whole line: other ranks write to the same log.
-        self._console.print(f"scoring: {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"{self._what}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
