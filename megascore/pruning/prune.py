@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megascore.errors import PlanError
 from megascore.files.json_text import parse_json
 from megascore.files.whole import temporary_name
@@ -25,7 +27,7 @@ from megascore.plans.plan_file import as_document, read_plan
 from megascore.plans.units import Units
 from megascore.pruning.config_json import smaller_config, smaller_config_json
 from megascore.pruning.other_files import copy_other_files
-from megascore.pruning.pick import picked
+from megascore.pruning.pick import Picker
 from megascore.pruning.tensor_stream import Planned, write_tensors
 from megascore.scores.score_file import load_scores
 from megascore.weights.huggingface.checkpoint import HuggingFaceCheckpoint
@@ -132,12 +134,16 @@ def _write_weights(parent: Parent, tensors: list[KeptTensor], folder: Path) -> N
         files.setdefault(stored[tensor.source.name].path, {})[tensor.name] = tensor
     total, weight_map = len(files), {}
     num_bytes = 0
-    with parent.checkpoint.folder.reading() as read:
+    with Picker(stored) as picker:
         for number, path in enumerate(sorted(files), start=1):
             name = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
             group = files[path]
             planned = {key: Planned(stored[t.source.name].dtype, t.shape) for key, t in group.items()}
-            write_tensors(folder / name, planned, lambda key, group=group: picked(group[key], read))  # type: ignore[misc]  # a default binds the loop's variable
+
+            def make(key: str, group: dict[str, KeptTensor] = group) -> Iterator[Tensor]:
+                return picker.blocks(group[key], group[key].source.name)
+
+            write_tensors(folder / name, planned, make)
             weight_map.update(dict.fromkeys(planned, name))
             num_bytes += sum(one.num_bytes for one in planned.values())
     if total > 1:

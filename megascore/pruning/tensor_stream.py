@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time: shapes are known before, so the header goes first.
+"""Safetensors files written block by block: shapes are known before, so the header goes first.
 
 safetensors' own writer takes all tensors of a file at once, which would be most of a model in memory. The format is at
 https://github.com/huggingface/safetensors.
@@ -6,9 +6,10 @@ https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -34,13 +35,13 @@ class Planned(NamedTuple):
         return prod(self.shape) * BYTES_OF[self.dtype]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Planned], make: Callable[[str], Tensor]) -> None:
-    """Write a file; one tensor at a time is in memory.
+def write_tensors(path: Path, tensors: Mapping[str, Planned], make: Callable[[str], Iterable[Tensor]]) -> None:
+    """Write a file; one block at a time is in memory.
 
     Args:
         path: The file; none is there.
         tensors: What it holds, in this order.
-        make: Returns a tensor by its name, as planned, on the CPU.
+        make: Returns the values of a tensor by its name, in order, as tensors on the CPU.
 
     Raises:
         OSError: the system refuses.
@@ -54,14 +55,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Planned], make: Callable[[st
     # Values start at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     with path.open("xb", buffering=0) as file:
+        # All at once: a full disk is told before anything is computed, and blocks need not be found one by one.
+        _reserve(file.fileno(), 8 + len(text) + end)
         _write(file.fileno(), len(text).to_bytes(8, "little") + text)
         for name, planned in tensors.items():
-            tensor = make(name)
-            assert tuple(tensor.shape) == planned.shape, (name, tensor.shape, planned.shape)
-            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            assert len(values) == planned.num_bytes, (name, tensor.dtype, planned.dtype)
-            _write(file.fileno(), values)
+            written = 0
+            for block in make(name):
+                values = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                _write(file.fileno(), values)
+                written += len(values)
+            assert written == planned.num_bytes, (name, planned, written)
         os.fsync(file.fileno())
+
+
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        # Some file systems, such as tmpfs of old kernels and NFS before 4.2, have no such call.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def _write(descriptor: int, values: bytes | memoryview) -> None:
