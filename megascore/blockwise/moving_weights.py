@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megascore.capture.devices import usable_device
 from megascore.errors import ModelError
 from megascore.weights.huggingface.folder import WeightsFolder
+from megascore.weights.huggingface.names import stored_name
 
 __all__ = ["MovingWeights"]
 
@@ -158,7 +159,7 @@ class MovingWeights:
         if self._folder is None:
             return {}
         stored, prefix = self._folder.tensors, str(getattr(model, "base_model_prefix", ""))
-        found = {key: _find_name(own, prefix, stored) for key, own in names.items()}
+        found = {key: stored_name(own, prefix, stored) for key, own in names.items()}
         sources = {key: name for key, name in found.items() if name is not None}
         for own_name, tensor in _named_tensors(model):
             source = sources.get(id(tensor))
@@ -168,12 +169,6 @@ class MovingWeights:
                     f"{list(tensor.shape)} for {own_name}: the folder is of another model."
                 )
         return sources
-
-
-def _find_name(wanted: Sequence[str], prefix: str, stored: Container[str]) -> str | None:
-    """Return which of a tensor's names a checkpoint has; a base model is saved without its prefix, or with it."""
-    candidates = (form for name in wanted for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")))
-    return next((name for name in candidates if name in stored), None)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
