@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megascore.blockwise.offload_hooks import REMOVE_HOOKS, has_offload_hook
 from megascore.capture.devices import usable_device
 from megascore.errors import ModelError
 from megascore.weights.huggingface.folder import WeightsFolder
@@ -43,6 +44,7 @@ class MovingWeights:
         self.device = usable_device(device)
         self._folder = None if folder is None else WeightsFolder(folder)
         self._sources = self._find_sources(model)
+        self._is_offloaded = has_offload_hook(model)
         self._here: dict[int, Tensor] = {}
 
     def check(self, modules: Iterable[nn.Module]) -> None:
@@ -135,10 +137,12 @@ class MovingWeights:
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             where = "without weights= there is" if self._folder is None else f"{self._folder.folder} has"
+            hint = f" Hooks of accelerate take weights away: bring them back with {REMOVE_HOOKS}, or give weights=."
             raise ModelError(
                 f"{where} no content for {len(missing)} tensors of the model that are on the meta device: "
                 f"{listed}. Parameters must be in the folder under these names; buffers that are in no checkpoint, "
                 "such as rotary tables, must be real, as score_blockwise makes them where the folder is the model."
+                + (hint if self._is_offloaded else "")
             )
 
     def _like(self, tensor: Tensor, content: Tensor) -> Tensor:
