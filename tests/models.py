@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ __all__ = [
     "load_with_transformers",
     "reference_logits",
     "reference_loss",
+    "rename_tensors",
     "save_checkpoint",
     "save_tokenizer",
 ]
@@ -96,6 +99,18 @@ def save_checkpoint(
     form = {"save_original_format": False} if fused_experts else {}
     model.save_pretrained(directory, max_shard_size=max_shard_size, **form)
     return directory
+
+
+def rename_tensors(source: Path, target: Path, new_name: Callable[[str], str | None]) -> Path:
+    """Copy a checkpoint of one file under other names of its tensors; those without a new one are left out."""
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    named = {new_name(name): value for name, value in load_file(source / "model.safetensors").items()}
+    kept = {name: value for name, value in named.items() if name is not None}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(source / "config.json", target)
+    return target
 
 
 def _has_version(version: str) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megascore.blockwise.empty_model import empty_model
+from megascore.blockwise.offload_hooks import REMOVE_HOOKS, has_offload_hook
 from megascore.blockwise.score_blocks import BlockwiseOptions, score_blocks
 from megascore.capture import TensorStore
 from megascore.capture.block_inputs import refuse_single_tensor
@@ -200,6 +201,13 @@ def _check_weights(view: ModelView) -> None:
     """Refuse a model that can't run as it is."""
     for place in view.places:
         if any(parameter.is_meta for parameter in place.module.parameters()):
+            if has_offload_hook(place.module):
+                raise ModelError(
+                    f"{place.local_name} has its weights only while it runs: accelerate takes them away (a device "
+                    f"map, cpu_offload or disk_offload). Call {REMOVE_HOOKS}, and attach() if the whole model is in "
+                    "memory then; or use megascore.score_blockwise with weights=FOLDER, the checkpoint directory, "
+                    "which keeps one block in memory and needs no hooks removed."
+                )
             raise ModelError(
                 f"{place.local_name} has no weights in memory (they are on the meta device: not loaded yet, or taken "
                 "away by a device map): load the whole model before attach(), or use megascore.score_blockwise, which "

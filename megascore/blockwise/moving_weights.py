@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megascore.blockwise.offload_hooks import REMOVE_HOOKS, has_offload_hook
 from megascore.capture.devices import usable_device
 from megascore.errors import ModelError
 from megascore.weights.huggingface.folder import WeightsFolder
+from megascore.weights.huggingface.names import stored_name
 
 __all__ = ["MovingWeights"]
 
@@ -42,6 +44,7 @@ class MovingWeights:
         self.device = usable_device(device)
         self._folder = None if folder is None else WeightsFolder(folder)
         self._sources = self._find_sources(model)
+        self._is_offloaded = has_offload_hook(model)
         self._here: dict[int, Tensor] = {}
 
     def check(self, modules: Iterable[nn.Module]) -> None:
@@ -134,10 +137,12 @@ class MovingWeights:
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             where = "without weights= there is" if self._folder is None else f"{self._folder.folder} has"
+            hint = f" Hooks of accelerate take weights away: bring them back with {REMOVE_HOOKS}, or give weights=."
             raise ModelError(
                 f"{where} no content for {len(missing)} tensors of the model that are on the meta device: "
                 f"{listed}. Parameters must be in the folder under these names; buffers that are in no checkpoint, "
                 "such as rotary tables, must be real, as score_blockwise makes them where the folder is the model."
+                + (hint if self._is_offloaded else "")
             )
 
     def _like(self, tensor: Tensor, content: Tensor) -> Tensor:
@@ -158,7 +163,7 @@ class MovingWeights:
         if self._folder is None:
             return {}
         stored, prefix = self._folder.tensors, str(getattr(model, "base_model_prefix", ""))
-        found = {key: _find_name(own, prefix, stored) for key, own in names.items()}
+        found = {key: stored_name(own, prefix, stored) for key, own in names.items()}
         sources = {key: name for key, name in found.items() if name is not None}
         for own_name, tensor in _named_tensors(model):
             source = sources.get(id(tensor))
@@ -168,12 +173,6 @@ class MovingWeights:
                     f"{list(tensor.shape)} for {own_name}: the folder is of another model."
                 )
         return sources
-
-
-def _find_name(wanted: Sequence[str], prefix: str, stored: Container[str]) -> str | None:
-    """Return which of a tensor's names a checkpoint has; a base model is saved without its prefix, or with it."""
-    candidates = (form for name in wanted for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")))
-    return next((name for name in candidates if name in stored), None)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from megascore.blockwise.cached_feed import CachedFeed
 from megascore.blockwise.feeds import BlockFeed, FreshFeed
 from megascore.blockwise.find_blocks import find_blocks
 from megascore.blockwise.moving_weights import MovingWeights
+from megascore.blockwise.offload_hooks import moving_hooks_silent
 from megascore.blockwise.parts import ModelParts
 from megascore.capture.block_inputs import device_of, run_model
 from megascore.capture.halt_after import HaltAfter
@@ -92,7 +93,7 @@ def score_blocks(
 
     feed = feed_class(model, own_blocks, len(batches), forward, weights, store)
     try:
-        with measuring(model):
+        with measuring(model), moving_hooks_silent(model, weights.device):
             results = _Blockwise(ModelParts(view, own_blocks, requests), num_passes, masks, feed, weights).run()
     finally:
         feed.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megascore.data.source import TokenIds, ids_of_list
+from megascore.data.tokenizer_file import FileTokenizer, ids_of_text
 from megascore.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -35,15 +36,21 @@ class Encoder:
         """
         self._folder = None if folder is None else Path(folder)
         self._packing = packing
+        self._num_with_tokens = 0
+        self._first_without: str | None = None
 
     def running_text(self, text: str) -> TokenIds:
         """Return the tokens of a text, without special tokens.
 
         Raises:
-            ModelError: transformers is not installed, or the folder has no tokenizer that it can load.
+            ModelError: transformers is not installed, or the folder has no tokenizer that it can load, or whose special
+                tokens are not those of its tokenizer.json; or the tokenizer makes no tokens of a text.
             ConfigError: no folder was given.
         """
-        return self._ids(text, special=False)
+        ids = self._ids(text, special=False)
+        self._count(text, ids, "the text")
+        self.check_made_tokens()
+        return ids
 
     def document(self, value: Any, where: str) -> TokenIds:
         """Return the tokens of a document: a text, or token ids already, which stay as they are; none of a blank text.
@@ -66,10 +73,33 @@ class Encoder:
         if not value.strip():
             # Special tokens alone are no document.
             return np.empty(0, dtype=np.int64)
-        if not self._packing:
-            return self._ids(value, special=True)
         ids = self._ids(value, special=False)
+        self._count(value, ids, where)
+        if not self._packing:
+            return self._ids(value, special=True) if len(ids) else ids
         return ids if self._end is None else np.append(ids, self._end)
+
+    def check_made_tokens(self) -> None:
+        """Check that the tokenizer has made tokens of at least one of the texts so far, if there were any.
+
+        Raises:
+            ModelError: it has not, so that more or other data would not help.
+        """
+        if self._first_without is not None and not self._num_with_tokens:
+            raise ModelError(
+                f"the tokenizer in {self._folder} makes no tokens of any text, such as {self._first_without}: its "
+                "vocabulary does not have these characters, or not the way its tokenizer.json splits them. The data is "
+                "not at fault: take good copies of the model's tokenizer files, or name another folder in "
+                "data.tokenizer."
+            )
+
+    def _count(self, text: str, ids: TokenIds, where: str) -> None:
+        """Note whether a text became tokens."""
+        if len(ids):
+            self._num_with_tokens += 1
+        elif text.strip() and self._first_without is None:
+            self._first_without = f"{text.strip()[:40]!r} ({where})"
+            logger.warning("the tokenizer in %s makes no tokens of %s", self._folder, self._first_without)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -81,17 +111,25 @@ class Encoder:
         return _load_tokenizer(self._folder)
 
     @cached_property
+    def _file(self) -> FileTokenizer | None:
+        """The tokenizer as tokenizer.json has it; None where there is no such file."""
+        tokenizer = self._tokenizer
+        assert self._folder is not None
+        path = self._folder / "tokenizer.json"
+        return FileTokenizer(path, tokenizer) if path.is_file() else None
+
+    @cached_property
     def _end(self) -> int | None:
         """The token between documents."""
-        end: int | None = self._tokenizer.eos_token_id
+        end = self._tokenizer.eos_token_id if self._file is None else self._file.end()
         if end is None:
             logger.info("the tokenizer in %s has no end-of-text token: documents follow each other", self._folder)
         return end
 
     def _ids(self, text: str, special: bool) -> TokenIds:
-        # Quiet, because a text may be longer than the model's context: it is cut into samples afterwards.
-        encoding = self._tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        return np.array(encoding["input_ids"], dtype=np.int64)
+        if self._file is not None:
+            return np.array(self._file.ids(text, special), dtype=np.int64)
+        return np.array(ids_of_text(self._tokenizer, text, special), dtype=np.int64)
 
 
 def _check_characters(text: str, where: str) -> None:

@@ -52,13 +52,20 @@ def load_samples(data: DataConfig, tokenizer_dir: str | Path | None = None, seed
 
     Raises:
         DataError: the data is missing, damaged or too short; names file, line and field.
-        ModelError: transformers is not installed, or the folder has no tokenizer that it can load.
+        ModelError: transformers is not installed, or the folder has no tokenizer that it can load, or one that makes no
+            tokens of any text.
         ConfigError: no source is given, or no tokenizer where one is needed.
     """
-    source = _open(data, Encoder(data.tokenizer or tokenizer_dir, data.packing))
+    encoder = Encoder(data.tokenizer or tokenizer_dir, data.packing)
+    source = _open(data, encoder)
     if isinstance(source, Documents):
         make = pack_documents if data.packing else pad_documents
-        return make(source, data.sequence_length, data.num_samples, seed)
+        try:
+            return make(source, data.sequence_length, data.num_samples, seed)
+        except DataError:
+            # Too few tokens are the tokenizer's fault where it makes none at all.
+            encoder.check_made_tokens()
+            raise
     if not data.packing:
         raise ConfigError(
             f"data.packing=false makes a sample of each document, and {source.name} has no borders between documents: "

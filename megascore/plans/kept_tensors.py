@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 from megascore.plans.units import LayerUnits, Units
@@ -60,6 +60,8 @@ def kept_sources(config: HuggingFaceModelConfig, units: Units) -> Iterator[KeptS
         for layer, kept in units.of_layers.items()
     }
     sizes = sizes_of(config)
+    # Whatever the parent calls its tensors, the smaller model has the ordinary names.
+    ordinary = replace(config, stored_names={})
     for rule in RULES:
         for layer, expert in places_of(rule, config):
             if layer is not None and layer not in new_layers:
@@ -71,7 +73,7 @@ def kept_sources(config: HuggingFaceModelConfig, units: Units) -> Iterator[KeptS
                 None if layer is None else new_layers[layer],
                 None if expert is None else new_experts[layer or 0][expert],
             )
-            old, new = sources_of(rule, config, layer, expert), sources_of(rule, config, *renumbered)
+            old, new = sources_of(rule, config, layer, expert), sources_of(rule, ordinary, *renumbered)
             for source, renamed in zip(old, new, strict=True):
                 if source.name not in done:
                     done.add(source.name)

@@ -47,7 +47,7 @@ def model_size(config: HuggingFaceModelConfig, units: Units, bytes_per_value: in
         parameters += values
         active += values * _share_of_token(tensor, config)
         vectors += values if len(tensor.shape) == 1 else 0
-        embedding += values if tensor.source.name == EMBEDDING.name else 0
+        embedding += values if tensor.name == EMBEDDING.name else 0
     kv_heads = sum(len(kept.kv_heads) for _, kept in units.kept_layers())
     return ModelSize(
         parameters,

@@ -83,7 +83,7 @@ def smaller_config(config: HuggingFaceModelConfig, units: Units) -> HuggingFaceM
         sliding_layers=slides,
         experts=experts,
     )
-    return replace(config, architecture=smaller)
+    return replace(config, architecture=smaller, stored_names={})
 
 
 def _fields_of_layers(raw: Mapping[str, Any], config: HuggingFaceModelConfig, units: Units) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from megascore.errors import ModelError
 from megascore.weights.huggingface.config import HuggingFaceModelConfig
 from megascore.weights.huggingface.dims import sizes_of
 from megascore.weights.huggingface.folder import WeightsFolder
-from megascore.weights.huggingface.sources import all_tensors, as_stored, is_known_extra
+from megascore.weights.huggingface.names import BASE_MODEL
+from megascore.weights.huggingface.sources import all_tensors, as_stored, is_known_extra, names_of
 from megascore.weights.huggingface.tensors import EMBEDDING, HEAD, Source
 
 __all__ = ["HuggingFaceCheckpoint", "PartReader"]
@@ -92,8 +93,9 @@ class HuggingFaceCheckpoint:
         extra = sorted(
             name for name in self.folder.tensors if name not in needed and not is_known_extra(name, self.config)
         )
-        if self.config.tied_embeddings and HEAD.name in self.folder.tensors:
-            self._check_tied()
+        embedding = self.config.stored_names.get(EMBEDDING.name, EMBEDDING.name)
+        if self.config.tied_embeddings and embedding != HEAD.name and HEAD.name in self.folder.tensors:
+            self._check_tied(embedding)
         if extra:
             logger.warning("%s: %d tensors are not used, such as %s", self._directory, len(extra), ", ".join(extra[:5]))
 
@@ -119,26 +121,29 @@ class HuggingFaceCheckpoint:
 
             yield read_part
 
-    def _check_tied(self) -> None:
-        embedding, head = (self.folder.tensors[source.name] for source in (EMBEDDING, HEAD))
+    def _check_tied(self, embedding_name: str) -> None:
+        embedding, head = (self.folder.tensors[name] for name in (embedding_name, HEAD.name))
         same = tuple(embedding.shape) == tuple(head.shape)
         with self.folder.reading() as read:
             for start in range(0, embedding.shape[0] if same else 0, ROWS_AT_ONCE):
                 rows = (slice(start, min(start + ROWS_AT_ONCE, embedding.shape[0])), slice(0, embedding.shape[1]))
-                same = same and torch.equal(read(EMBEDDING.name, rows), read(HEAD.name, rows))
+                same = same and torch.equal(read(embedding_name, rows), read(HEAD.name, rows))
         if not same:
             raise ModelError(
                 f"checkpoint {self._directory}: config.json says tie_word_embeddings=true, but '{HEAD.name}' is not "
-                f"'{EMBEDDING.name}', so which one the model was trained with can't be told. Set tie_word_embeddings "
+                f"'{embedding_name}', so which one the model was trained with can't be told. Set tie_word_embeddings "
                 f"to false to use both, or take '{HEAD.name}' out of the files."
             )
 
     def _check_tensor(self, name: str, shape: list[int]) -> None:
         stored = self.folder.tensors.get(name)
         if stored is None:
+            names = names_of(name, self.config)
+            others = {*names, *(own.removeprefix(f"{BASE_MODEL}.") for own in names)} - {name}
+            looked = f" (nor as {', '.join(sorted(others))})" if others else ""
             raise ModelError(
                 f"checkpoint {self._directory} has no tensor '{name}' of shape {shape}, which its config.json "
-                "calls for: the checkpoint is incomplete, or of another model."
+                f"calls for{looked}: the checkpoint is incomplete, or of another model."
             )
         if list(stored.shape) != shape:
             raise ModelError(

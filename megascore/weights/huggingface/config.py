@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class HuggingFaceModelConfig:
     """Names of the tensors of routed experts; None in a dense model."""
     fused_experts: bool = False
     """Whether the experts of a layer are in one tensor. Only the tensors tell, not config.json: see `as_stored`."""
+    stored_names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Names of tensors in the checkpoint by those in the table, where these are others: see `as_stored`."""
 
 
 def read_config(directory: str | Path) -> HuggingFaceModelConfig:

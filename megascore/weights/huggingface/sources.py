@@ -8,9 +8,19 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megascore.weights.huggingface.config import HuggingFaceModelConfig
+from megascore.weights.huggingface.names import BASE_MODEL, stored_name
 from megascore.weights.huggingface.tensors import EMBEDDING, FUSED_DOWN, HEAD, LAYER, RULES, Rule, Source
 
-__all__ = ["Found", "all_tensors", "as_stored", "find_rule", "is_known_extra", "places_of", "sources_of"]
+__all__ = [
+    "Found",
+    "all_tensors",
+    "as_stored",
+    "find_rule",
+    "is_known_extra",
+    "names_of",
+    "places_of",
+    "sources_of",
+]
 
 LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.")
 # Megatron's two ways to have experts: a list of MLPs, and Transformer Engine's grouped layers.
@@ -68,21 +78,40 @@ def sources_of(
         which = (expert, config.architecture.experts.num_experts)
         sources = tuple(replace(source, parts=(which, *source.parts)) for source in rule.fused_sources)
     names = {} if config.expert_names is None else config.expert_names._asdict()
+    # A name of `ExpertNames` may hold the number of the expert.
+    full_names = [source.name.format(layer=layer, **names).format(expert=expert) for source in sources]
     return tuple(
-        # A name of `ExpertNames` may hold the number of the expert.
-        replace(source, name=source.name.format(layer=layer, **names).format(expert=expert), layer=layer, expert=expert)
-        for source in sources
+        replace(source, name=config.stored_names.get(name, name), layer=layer, expert=expert)
+        for source, name in zip(sources, full_names, strict=True)
     )
 
 
 def as_stored(config: HuggingFaceModelConfig, names: Container[str]) -> HuggingFaceModelConfig:
     """Return the config of a model as a checkpoint with tensors of these names stores it.
 
-    Checkpoints of transformers 5 may have all experts of a layer in one tensor.
+    Checkpoints of transformers 5 may have all experts of a layer in one tensor; those of a base model may have names
+    without its prefix; and tied embeddings may be there as the output layer alone.
     """
+    config = _with_experts_as_stored(replace(config, stored_names={}), names)
+    stored = {name: _stored_name(name, config, names) for name in all_tensors(config)}
+    return replace(config, stored_names={name: own for name, own in stored.items() if own not in (None, name)})
+
+
+def names_of(name: str, config: HuggingFaceModelConfig) -> tuple[str, ...]:
+    """Return the names in the whole model of a tensor of the table: several, if it is tied."""
+    is_tied = config.tied_embeddings and name in (EMBEDDING.name, HEAD.name)
+    return (EMBEDDING.name, HEAD.name) if is_tied else (name,)
+
+
+def _stored_name(name: str, config: HuggingFaceModelConfig, names: Container[str]) -> str | None:
+    return stored_name(names_of(name, config), BASE_MODEL, names)
+
+
+def _with_experts_as_stored(config: HuggingFaceModelConfig, names: Container[str]) -> HuggingFaceModelConfig:
     if config.expert_names is None or config.architecture.experts is None:
         return config
-    if FUSED_DOWN.name.format(layer=config.architecture.experts.layers.index(True)) not in names:
+    fused_down = FUSED_DOWN.name.format(layer=config.architecture.experts.layers.index(True))
+    if _stored_name(fused_down, config, names) is None:
         return config
     # transformers 5 calls the router so wherever it has the experts in one tensor.
     return replace(config, fused_experts=True, expert_names=config.expert_names._replace(router="mlp.gate.weight"))

@@ -14,7 +14,7 @@ from megascore.mcore.models.gpt import build_gpt
 from megascore.mcore.models.load_huggingface import HuggingFaceWeights, weave
 from megascore.mcore.world.parallel_world import parallel_world
 from megascore.weights.huggingface.config import read_config
-from tests.models import save_checkpoint
+from tests.models import rename_tensors, save_checkpoint
 from tests.pool import WorkerPool
 
 CPU = torch.device("cpu")
@@ -48,6 +48,31 @@ def test_each_rank_reads_only_its_share(world: WorkerPool, checkpoint: Path) -> 
     assert world.run(2, bytes_read, checkpoint, ParallelConfig(tensor=2)) == [split, split]
     stages = ParallelConfig(pipeline=2, pipeline_layers=[3, 1])
     assert world.run(2, bytes_read, checkpoint, stages) == [everything - last_layer - head, last_layer + head]
+
+
+def loaded(directories: list[Path]) -> list[dict[str, torch.Tensor]]:
+    with parallel_world(ParallelConfig(), CPU, timedelta(minutes=1)):
+        found = []
+        for directory in directories:
+            config = read_config(directory)
+            chunks = build_gpt(config.architecture, ParallelConfig(), torch.float32, CPU, 16)
+            HuggingFaceWeights(config, directory).load(chunks)
+            found.append({name: parameter.detach().clone() for name, parameter in chunks[0].named_parameters()})
+        return found
+
+
+def test_a_model_is_the_same_under_the_other_names_of_its_tensors(world: WorkerPool, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "ordinary", "llama")
+    head_alone = {"model.embed_tokens.weight": "lm_head.weight"}
+    renamed = [
+        rename_tensors(folder, tmp_path / "no prefix", lambda name: name.removeprefix("model.")),
+        rename_tensors(folder, tmp_path / "head alone", lambda name: head_alone.get(name, name)),
+    ]
+    [(expected, *others)] = world.run(1, loaded, [folder, *renamed])
+    for other in others:
+        assert other.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(other[name], value), name
 
 
 def test_rows_take_turns_by_group() -> None:
