@@ -6,8 +6,9 @@ makes memory page by page. Values are moved as whole numbers of their size, what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -26,6 +27,27 @@ BLOCK_BYTES = 1 << 24
 WHOLE_NUMBERS = {"F64": torch.int64, "F32": torch.int32, "F16": torch.int16, "BF16": torch.int16}
 
 
+class _Buffer:
+    """Memory that is kept, as pages that are new to a process cost more than what is done with them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, num_bytes: int) -> Tensor:
+        if len(self._memory) < num_bytes:
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes]
+
+
+class _Buffers:
+    def __init__(self) -> None:
+        self.read, self.rows, self.picked = _Buffer(), _Buffer(), _Buffer()
+
+
+def _index(numbers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers)
+
+
 class Picker:
     """Reads tensors of a checkpoint's files and gives what stays of them. Close it, or use it in ``with``."""
 
@@ -38,8 +60,8 @@ class Picker:
         self._tensors = tensors
         self._files: dict[Path, IO[bytes]] = {}
         self._stack = ExitStack()
-        self._read_into = torch.empty(0, dtype=torch.uint8)
-        self._picked_into = torch.empty(0, dtype=torch.uint8)
+        self._buffers = (_Buffers(), _Buffers())
+        self._index: Callable[[tuple[int, ...]], Tensor] = lru_cache(maxsize=16)(_index)
 
     def __enter__(self) -> Picker:
         """Return itself."""
@@ -50,7 +72,7 @@ class Picker:
         self._stack.close()
 
     def blocks(self, tensor: KeptTensor, stored_name: str) -> Iterator[Tensor]:
-        """Yield what stays of a tensor as flat blocks of whole numbers, in order; each is valid until the next one.
+        """Yield what stays of a tensor as flat blocks of whole numbers, in order; two are valid at a time.
 
         Args:
             tensor: What is wanted.
@@ -78,13 +100,13 @@ class Picker:
     ) -> Iterator[Tensor]:
         """Yield the kept rows and columns of a matrix that begins so many values into a tensor."""
         num_rows, num_columns = shape
-        index = None if columns is None else torch.tensor(columns)
+        index = None if columns is None else self._index(columns)
         row_bytes = num_columns * WHOLE_NUMBERS[stored.dtype].itemsize
         begin = stored.begin + offset * WHOLE_NUMBERS[stored.dtype].itemsize
         # Rows in another order are found where the whole matrix is.
         ascending = rows is None or all(first < second for first, second in pairwise(rows))
         step = max(1, BLOCK_BYTES // row_bytes) if ascending else num_rows
-        kept = None if rows is None else torch.tensor(rows)
+        kept = None if rows is None else self._index(rows)
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
             own = kept if kept is None or not ascending else kept[(kept >= start) & (kept < stop)] - start
@@ -96,11 +118,12 @@ class Picker:
     def _read(self, stored: StoredTensor, begin: int, num_rows: int, num_columns: int) -> Tensor:
         kind = WHOLE_NUMBERS[stored.dtype]
         wanted = num_rows * num_columns * kind.itemsize
-        if len(self._read_into) < wanted:
-            self._read_into = torch.empty(wanted, dtype=torch.uint8)
+        # What was yielded last may still be on its way into a file.
+        self._buffers = self._buffers[::-1]
+        buffer = self._buffers[0].read.of(wanted)
         if stored.path not in self._files:
             self._files[stored.path] = self._stack.enter_context(stored.path.open("rb", buffering=0))
-        file, view = self._files[stored.path], self._read_into[:wanted].numpy().data
+        file, view = self._files[stored.path], buffer.numpy().data
         file.seek(begin)
         done = 0
         while done < wanted:
@@ -108,16 +131,15 @@ class Picker:
             if not got:
                 raise ModelError(f"{stored.path} ends before its tensors do: it has changed while it was read.")
             done += got
-        return self._read_into[:wanted].view(kind).view(num_rows, num_columns)
+        return buffer.view(kind).view(num_rows, num_columns)
 
     def _pick(self, block: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        buffers, kind = self._buffers[0], block.dtype
         if rows is not None:
-            block = block.index_select(0, rows)
+            own = buffers.rows.of(len(rows) * block.shape[1] * kind.itemsize).view(kind).view(len(rows), -1)
+            block = torch.index_select(block, 0, rows, out=own)
         if columns is None:
             return block
-        num_bytes = block.shape[0] * len(columns) * block.itemsize
-        if len(self._picked_into) < num_bytes:
-            self._picked_into = torch.empty(num_bytes, dtype=torch.uint8)
-        picked = self._picked_into[:num_bytes].view(block.dtype).view(block.shape[0], len(columns))
+        picked = buffers.picked.of(block.shape[0] * len(columns) * kind.itemsize).view(kind).view(len(block), -1)
         # Several times as fast as index_select along the last dimension.
         return torch.gather(block, 1, columns.expand(block.shape[0], -1), out=picked)

@@ -101,7 +101,8 @@ def prune(
             )
         _write_weights(parent, tensors, temporary)
         copy_other_files(parent.folder, temporary)
-        _write_json(temporary / RECORD, _record(parent, wanted, units, sort_only))
+        record = json.dumps(_record(parent, wanted, units, sort_only), ensure_ascii=False)
+        (temporary / RECORD).write_text(record + "\n", encoding="utf-8")
         HuggingFaceCheckpoint(read_config(temporary), temporary).check()
 
 

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Planned], make: Callable[[st
     Args:
         path: The file; none is there.
         tensors: What it holds, in this order.
-        make: Returns the values of a tensor by its name, in order, as tensors on the CPU.
+        make: Returns the values of a tensor by its name, in order, as tensors on the CPU. Each is written while the
+            next one is made, so two of them must be valid at a time.
 
     Raises:
         OSError: the system refuses.
@@ -58,14 +60,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Planned], make: Callable[[st
         # All at once: a full disk is told before anything is computed, and blocks need not be found one by one.
         _reserve(file.fileno(), 8 + len(text) + end)
         _write(file.fileno(), len(text).to_bytes(8, "little") + text)
-        for name, planned in tensors.items():
-            written = 0
-            for block in make(name):
-                values = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
-                _write(file.fileno(), values)
-                written += len(values)
-            assert written == planned.num_bytes, (name, planned, written)
+        with _Writer(file.fileno()) as writer:
+            for name, planned in tensors.items():
+                num_bytes = 0
+                for block in make(name):
+                    values = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                    writer.write(values)
+                    num_bytes += len(values)
+                assert num_bytes == planned.num_bytes, (name, planned, num_bytes)
         os.fsync(file.fileno())
+
+
+class _Writer:
+    """Writes a block while the next one is made."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        if self._last is not None and kind is None:
+            self._last.result()
+
+    def write(self, values: memoryview) -> None:
+        """Wait for the block before, and begin with this one.
+
+        Raises:
+            OSError: the block before could not be written.
+        """
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(_write, self._descriptor, values)
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
