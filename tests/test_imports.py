@@ -85,6 +85,7 @@ ROOMS = (
     "typed_text",
     "config",
     "scores",
+    "evaluation",
     "runs",
     "resume",
     "data",
