@@ -43,7 +43,8 @@ exit codes:
   4  status: the run was stopped or interrupted, and the same command goes on with it
   5  status: the run is going on
   6  status: the run failed, by an error that has to be mended first
- 75  score: stopped by SIGTERM or SIGUSR1 with everything saved; the same command goes on
+ 75  score: stopped by SIGTERM or SIGUSR1 with everything saved, or also by SIGINT while ranks were still joining;
+     the same command goes on
 
 MEGASCORE_DEBUG=1 shows tracebacks of all errors.
 """

@@ -19,6 +19,9 @@ __all__ = [
 class MegascoreError(Exception):
     """Base of every error that megascore raises for its users."""
 
+    is_told = False
+    """Another rank says it, or what it follows from, on the console: this one ends without a word."""
+
 
 class ConfigError(MegascoreError, ValueError):
     """A configuration value is unknown, of the wrong type, or contradicts another one."""
@@ -54,3 +57,6 @@ class RankFailure(MegascoreError, RuntimeError):  # noqa: N818 - it names an eve
 
 class Preempted(MegascoreError, RuntimeError):  # noqa: N818 - it names an event, and nothing went wrong
     """A signal asked the run to stop, and it did so at the end of a step, with everything saved."""
+
+    is_of_one_rank = False
+    """Not all ranks raise it, so that the one that does says it, and not rank 0."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from math import lcm
@@ -95,7 +96,12 @@ def _check_multiple(axes: dict[str, int], world_size: int) -> None:
 
 
 @contextmanager
-def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: timedelta) -> Iterator[None]:
+def parallel_world(
+    parallel: ParallelConfig,
+    device: torch.device,
+    timeout: timedelta,
+    stop: Callable[[], signal.Signals | None] = lambda: None,
+) -> Iterator[None]:
     """Join the ranks of this run, with Megatron's process groups, for the time of the context.
 
     Uses torch.distributed as it is where it is initialised already; otherwise joins the world that torchrun describes,
@@ -105,8 +111,11 @@ def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: time
         parallel: Degrees of the axes.
         device: Device of this rank.
         timeout: How long a rank waits for the others.
+        stop: Returns the signal that asked this process to stop, if one did; looked at while ranks join.
 
     Raises:
+        RankFailure: not all ranks came in time.
+        Preempted: a signal came to one of the ranks before all were there.
         LayoutError: the world does not fit the layout, or Megatron's groups exist already.
     """
     if parallel_state.model_parallel_is_initialized():
@@ -114,7 +123,7 @@ def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: time
             "Megatron's parallel groups exist already in this process: leave the other parallel_world first, "
             "or use megascore.attach on the model that was built in it."
         )
-    with nullcontext() if device.type == "cuda" else cpu_stand_in(device), _distributed(device, timeout):
+    with nullcontext() if device.type == "cuda" else cpu_stand_in(device), _distributed(device, timeout, stop):
         check_world_size(parallel, dist.get_world_size())
         try:
             _make_groups(parallel, timeout)
@@ -125,7 +134,9 @@ def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: time
 
 
 @contextmanager
-def _distributed(device: torch.device, timeout: timedelta) -> Iterator[None]:
+def _distributed(
+    device: torch.device, timeout: timedelta, stop: Callable[[], signal.Signals | None] = lambda: None
+) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
@@ -133,7 +144,7 @@ def _distributed(device: torch.device, timeout: timedelta) -> Iterator[None]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if all(name in os.environ for name in TORCHRUN_VARIABLES):
-        store, rank, world_size = store_of_environment(timeout)
+        store, rank, world_size = store_of_environment(timeout, stop)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

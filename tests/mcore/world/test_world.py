@@ -92,7 +92,7 @@ def test_a_failing_rank_does_not_wait_for_what_others_never_join(
     calls = []
     for name in world_of_ranks.TORCHRUN_VARIABLES:
         monkeypatch.setenv(name, "0")
-    monkeypatch.setattr(world_of_ranks, "store_of_environment", lambda timeout: (dist.HashStore(), 0, world_size))
+    monkeypatch.setattr(world_of_ranks, "store_of_environment", lambda *_: (dist.HashStore(), 0, world_size))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
