@@ -54,6 +54,9 @@ class HookStateError(MegascoreError, ValueError):
 class RankFailure(MegascoreError, RuntimeError):  # noqa: N818 - it names an event, seen by all ranks, not a mistake
     """Another rank failed; the text holds the rank and its own error."""
 
+    is_own = False
+    """This rank has found the very error that the other one tells, and ends with the same exit code."""
+
 
 class Preempted(MegascoreError, RuntimeError):  # noqa: N818 - it names an event, and nothing went wrong
     """A signal asked the run to stop, and it did so at the end of a step, with everything saved."""

@@ -101,7 +101,8 @@ def _explain(error: Exception, console: Console) -> int | None:
         return STOPPED
     if isinstance(known, RankFailure):
         text = f"megascore: rank {_rank()} stopped: {_first_line(known)}"
-        return _stop_after_others(text, None if known.is_told else console)
+        code = _stop_after_others(text, None if known.is_told else console)
+        return USER_ERROR if known.is_own else code
     if in_world and is_lost_contact(first) and not isinstance(error, MegascoreError):
         text = "lost contact with another rank; its own error is the one to read"
         return _stop_after_others(f"megascore: rank {_rank()} stopped: {text} ({_first_line(first)})", console)

@@ -16,7 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megascore.config import ParallelConfig
 from megascore.errors import ConfigError, LayoutError, Preempted
 from megascore.mcore.cpu.stand_in import cpu_stand_in
-from megascore.parallel.comm import leave_world
+from megascore.parallel.comm import agree, leave_world
 from megascore.parallel.rendezvous import store_of_environment
 
 __all__ = ["check_world_size", "intended_world_size", "is_alone", "local_device", "parallel_world"]
@@ -116,7 +116,8 @@ def parallel_world(
     Raises:
         RankFailure: not all ranks came in time.
         Preempted: a signal came to one of the ranks before all were there.
-        LayoutError: the world does not fit the layout, or Megatron's groups exist already.
+        LayoutError: the world does not fit the layout (on rank 0; `RankFailure` on the others), or Megatron's groups
+            exist already.
     """
     if parallel_state.model_parallel_is_initialized():
         raise LayoutError(
@@ -124,7 +125,7 @@ def parallel_world(
             "or use megascore.attach on the model that was built in it."
         )
     with nullcontext() if device.type == "cuda" else cpu_stand_in(device), _distributed(device, timeout, stop):
-        check_world_size(parallel, dist.get_world_size())
+        _check_world(parallel)
         try:
             _make_groups(parallel, timeout)
             _seed(device)
@@ -157,6 +158,14 @@ def _distributed(
             leave_world()
         raise
     leave_world()
+
+
+def _check_world(parallel: ParallelConfig) -> None:
+    if dist.get_backend() == "fake":
+        # A pretended world, in which nobody else can agree.
+        check_world_size(parallel, dist.get_world_size())
+    else:
+        agree("checking the layout", lambda: check_world_size(parallel, dist.get_world_size()))
 
 
 def _make_groups(parallel: ParallelConfig, timeout: timedelta) -> None:
