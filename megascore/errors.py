@@ -20,6 +20,9 @@ __all__ = [
 class MegascoreError(Exception):
     """Base of every error that megascore raises for its users."""
 
+    is_told = False
+    """Another rank says it, or what it follows from, on the console: this one ends without a word."""
+
 
 class ConfigError(MegascoreError, ValueError):
     """A configuration value is unknown, of the wrong type, or contradicts another one."""
@@ -56,6 +59,12 @@ class HookStateError(MegascoreError, ValueError):
 class RankFailure(MegascoreError, RuntimeError):  # noqa: N818 - it names an event, seen by all ranks, not a mistake
     """Another rank failed; the text holds the rank and its own error."""
 
+    is_own = False
+    """This rank has found the very error that the other one tells, and ends with the same exit code."""
+
 
 class Preempted(MegascoreError, RuntimeError):  # noqa: N818 - it names an event, and nothing went wrong
     """A signal asked the run to stop, and it did so at the end of a step, with everything saved."""
+
+    is_of_one_rank = False
+    """Not all ranks raise it, so that the one that does says it, and not rank 0."""

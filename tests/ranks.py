@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-__all__ = ["RankProcesses"]
+__all__ = ["RankProcesses", "free_port"]
 
 PRELOADED = ["megascore.job.job", "transformers", "tokenizers"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -40,7 +40,7 @@ class RankProcesses:
             before: A module-level function that each rank calls first.
         """
         context = _server()
-        port = _free_port()
+        port = free_port()
         self.processes: list[BaseProcess] = []
         for rank in range(world_size):
             environment = {
@@ -91,7 +91,7 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

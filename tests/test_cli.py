@@ -202,6 +202,22 @@ def test_a_rank_that_stops_because_of_another_says_so_in_one_line(
     assert line.startswith(f"megascore: rank 2 stopped: {text}")
 
 
+@pytest.mark.parametrize(("is_own", "code"), [(True, 2), (False, 3)])
+def test_what_another_rank_tells_is_not_said_again(
+    is_own: bool, code: int, monkeypatch: pytest.MonkeyPatch, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        failure = RankFailure("checking the layout failed on rank 0: 3 does not divide 2")
+        failure.is_told, failure.is_own = True, is_own
+        raise failure
+
+    put_job(monkeypatch, fail)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["score", config_file]) == code
+    assert capsys.readouterr().err == ""
+
+
 def fail_and_fail_while_cleaning_up() -> None:
     try:
         raise DataError("first")

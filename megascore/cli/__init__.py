@@ -18,12 +18,13 @@ exit codes:
   0  the result is whole
   1  compare: a difference beyond --tolerance, or keys, lengths or unseen entries that don't match;
      also any error that megascore doesn't know (with a traceback)
-  2  usage, or an error that its text explains: config, data, model, layout, score file
-  3  score: this rank stopped because another one failed; the other's error is the one to read
+  2  usage, or an error that its text explains: config, data, model, layout, score file, plan
+  3  score, evaluate, search: this rank stopped because another one failed; the other's error is the one to read
   4  status: the run was stopped or interrupted, and the same command goes on with it
   5  status: the run is going on
   6  status: the run failed, by an error that has to be mended first
- 75  score: stopped by SIGTERM or SIGUSR1 with everything saved; the same command goes on
+ 75  score: stopped by SIGTERM or SIGUSR1 with everything saved, or also by SIGINT while ranks were still joining;
+     the same command goes on
 
 MEGASCORE_DEBUG=1 shows tracebacks of all errors.
 """

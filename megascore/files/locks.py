@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from megascore.files.json_text import parse_json
+
 __all__ = ["NoLocks", "Owner", "is_locked", "owner_of", "take_lock"]
 
 
@@ -84,7 +86,7 @@ def take_lock(path: Path, *, is_own: bool = True, seconds: float = 0.0, mode: in
 def owner_of(path: Path) -> Owner | None:
     """Return whose lock a file is or was last; None where it says nothing that can be read."""
     try:
-        return Owner(**json.loads(path.read_bytes()))
+        return Owner(**parse_json(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from megascore.files.json_text import parse_json
+
 __all__ = ["DamagedFile", "ForeignFile", "decode", "encode", "json_text"]
 
 _CHECKSUM = "sha256"
@@ -57,14 +59,14 @@ def decode(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         # The format is at https://github.com/huggingface/safetensors; `load` checks it, but leaves out the metadata.
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         tensors = load(data)
     except (SafetensorError, ValueError, AttributeError, KeyError, RuntimeError, MemoryError) as error:
         raise DamagedFile(f"can't be read as safetensors ({error})") from error
     if not isinstance(metadata, dict) or kind not in metadata:
         raise ForeignFile(f"its metadata has no '{kind}'")
     try:
-        content = json.loads(metadata[kind])
+        content = parse_json(metadata[kind])
         expected = content.pop(_CHECKSUM)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(f"has unreadable metadata ({error!r})") from error

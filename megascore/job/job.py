@@ -77,7 +77,7 @@ def run_job(
     with (
         quiet_megatron(),
         nullcontext() if plan is None else signals,
-        parallel_world(config.parallel, form.device, timeout),
+        parallel_world(config.parallel, form.device, timeout, lambda: signals.stop),
     ):
         source = agree("checking the job", lambda: check_job(config))
         saving = nullcontext() if plan is None else Checkpointer(plan, console, signals, write=write)

@@ -159,7 +159,9 @@ def agree(what: str, function: Callable[[], Result]) -> Result:
 
     Raises:
         Exception: the function's own error, on the first rank that failed, so that it is told once.
-        RankFailure: on all other ranks, with rank and error of the first that failed.
+        RankFailure: on all other ranks, with rank and error of the first that failed. Where a rank has failed with the
+            same error of megascore's, the failure is marked: the command line repeats nothing, and its exit code is the
+            same.
     """
     error: Exception | None = None
     value: Result | None = None
@@ -173,7 +175,10 @@ def agree(what: str, function: Callable[[], Result]) -> Result:
             continue
         if error is not None and rank == world_rank():
             raise error
-        raise RankFailure(f"{what} failed on rank {rank}: {outcome.error}{outcome.trace}")
+        failure = RankFailure(f"{what} failed on rank {rank}: {outcome.error}{outcome.trace}")
+        # Found by several ranks alike, such as a layout that does not fit: the first one's word is enough.
+        failure.is_told = failure.is_own = isinstance(error, MegascoreError) and str(error) == outcome.error
+        raise failure
     return value  # type: ignore[return-value]
 
 

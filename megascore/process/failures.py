@@ -95,12 +95,14 @@ def _explain(error: Exception, console: Console) -> int | None:
     if os.environ.get("MEGASCORE_DEBUG") == "1":
         _say(console, "".join(traceback.format_exception(error)))
     if isinstance(known, Preempted):
-        if _rank() == "0":
+        if not known.is_told and (_rank() == "0" or known.is_of_one_rank):
             _say(console, f"megascore: {known}")
         _write_error_file(f"megascore: {known}")
         return STOPPED
     if isinstance(known, RankFailure):
-        return _stop_after_others(f"megascore: rank {_rank()} stopped: {_first_line(known)}", console)
+        text = f"megascore: rank {_rank()} stopped: {_first_line(known)}"
+        code = _stop_after_others(text, None if known.is_told else console)
+        return USER_ERROR if known.is_own else code
     if in_world and is_lost_contact(first) and not isinstance(error, MegascoreError):
         text = "lost contact with another rank; its own error is the one to read"
         return _stop_after_others(f"megascore: rank {_rank()} stopped: {text} ({_first_line(first)})", console)
@@ -112,8 +114,9 @@ def _explain(error: Exception, console: Console) -> int | None:
     return None
 
 
-def _stop_after_others(text: str, console: Console) -> int:
-    _say(console, text)
+def _stop_after_others(text: str, console: Console | None) -> int:
+    if console is not None:
+        _say(console, text)
     if _ERROR_FILE in os.environ:
         time.sleep(_GRACE_SECONDS)
     _write_error_file(text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megascore.errors import CheckpointError
+from megascore.files.json_text import parse_json
 from megascore.files.locks import is_locked
 from megascore.files.whole import write_whole
 
@@ -106,7 +107,7 @@ def read_status(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / PROGRESS_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         state = RunState(content["state"])
     except FileNotFoundError as error:
         raise CheckpointError(f"no run has begun in {folder}: it has no {PROGRESS_NAME}.") from error

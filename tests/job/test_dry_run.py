@@ -248,7 +248,7 @@ def test_a_target_that_the_model_does_not_have_is_refused(models: Path, world: W
 def test_another_number_of_processes_than_the_job_is_meant_for_is_refused(models: Path, world: WorkerPool) -> None:
     config = job(models / "llama", ParallelConfig(tensor=2, processes=4))
     for told in world.run(2, dry_run_on_rank, config):
-        assert "LayoutError: parallel.processes=4, but the world has 2: start 4 processes" in str(told)
+        assert "parallel.processes=4, but the world has 2: start 4 processes" in str(told)
     run = replace(config.run, steps=None)
     with pytest.raises(LayoutError, match="parallel.processes=4, but the world has 1"):
         run_job(replace(config, run=run), Console(file=io.StringIO()))

@@ -72,9 +72,15 @@ def start(*command: str | Path, env: dict[str, str], cwd: Path) -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell lets what it runs in the background ignore Ctrl-C, and with it these tests and all that they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_obey_signals,
     )
+
+
+def _obey_signals() -> None:
+    # A shell lets what it runs in the background ignore Ctrl-C, and nohup lets it ignore SIGHUP: these tests too, and
+    # with them all that they start.
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

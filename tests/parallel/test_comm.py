@@ -24,6 +24,9 @@ def test_collectives_on_three_ranks(world: WorkerPool) -> None:
         "no text on 1",
         "reading failed on rank 1: no text on 1",
     ]
+    # Rank 2 has another text than the one that is told, so it does not keep quiet; it would with the same one.
+    assert [seen["is told"] for seen in ranks] == [False, False, False]
+    assert [seen["same is told"] for seen in ranks] == [False, True, True]
     assert all("TypeError: unknown" in seen["unknown"] and "its traceback" in seen["unknown"] for seen in ranks[:2])
     assert all("ranks 0 and 2 differ at a" in seen["plan error"] for seen in ranks)
 
@@ -40,7 +43,11 @@ def use_all_collectives() -> dict[str, object]:
         # Ranks 1 and 2 fail; the first of them tells its own error, the others tell of it.
         agree("reading", _fail_on_ranks_1_and_2)
     except (DataError, RankFailure) as error:
-        seen["raised"], seen["text"] = type(error).__name__, str(error)
+        seen["raised"], seen["text"], seen["is told"] = type(error).__name__, str(error), error.is_told
+    try:
+        agree("checking", _fail_alike)
+    except (DataError, RankFailure) as error:
+        seen["same is told"] = error.is_told
     try:
         agree("computing", _fail_unexpectedly_on_rank_2)
     except (TypeError, RankFailure) as error:
@@ -85,3 +92,7 @@ def broadcast_in_small_pieces(whole: torch.Tensor) -> torch.Tensor:
         return comm.broadcast_tensor(whole if comm.world_rank() == 0 else None)
     finally:
         comm.PIECE_BYTES = 1 << 26
+
+
+def _fail_alike() -> None:
+    raise DataError("the same everywhere")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from math import lcm
@@ -15,7 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megascore.config import ParallelConfig
 from megascore.errors import ConfigError, LayoutError, Preempted
 from megascore.mcore.cpu.stand_in import cpu_stand_in
-from megascore.parallel.comm import leave_world
+from megascore.parallel.comm import agree, leave_world
 from megascore.parallel.rendezvous import store_of_environment
 
 __all__ = ["check_world_size", "intended_world_size", "is_alone", "local_device", "parallel_world"]
@@ -95,7 +96,12 @@ def _check_multiple(axes: dict[str, int], world_size: int) -> None:
 
 
 @contextmanager
-def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: timedelta) -> Iterator[None]:
+def parallel_world(
+    parallel: ParallelConfig,
+    device: torch.device,
+    timeout: timedelta,
+    stop: Callable[[], signal.Signals | None] = lambda: None,
+) -> Iterator[None]:
     """Join the ranks of this run, with Megatron's process groups, for the time of the context.
 
     Uses torch.distributed as it is where it is initialised already; otherwise joins the world that torchrun describes,
@@ -105,17 +111,21 @@ def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: time
         parallel: Degrees of the axes.
         device: Device of this rank.
         timeout: How long a rank waits for the others.
+        stop: Returns the signal that asked this process to stop, if one did; looked at while ranks join.
 
     Raises:
-        LayoutError: the world does not fit the layout, or Megatron's groups exist already.
+        RankFailure: not all ranks came in time.
+        Preempted: a signal came to one of the ranks before all were there.
+        LayoutError: the world does not fit the layout (on rank 0; `RankFailure` on the others), or Megatron's groups
+            exist already.
     """
     if parallel_state.model_parallel_is_initialized():
         raise LayoutError(
             "Megatron's parallel groups exist already in this process: leave the other parallel_world first, "
             "or use megascore.attach on the model that was built in it."
         )
-    with nullcontext() if device.type == "cuda" else cpu_stand_in(device), _distributed(device, timeout):
-        check_world_size(parallel, dist.get_world_size())
+    with nullcontext() if device.type == "cuda" else cpu_stand_in(device), _distributed(device, timeout, stop):
+        _check_world(parallel)
         try:
             _make_groups(parallel, timeout)
             _seed(device)
@@ -125,7 +135,9 @@ def parallel_world(parallel: ParallelConfig, device: torch.device, timeout: time
 
 
 @contextmanager
-def _distributed(device: torch.device, timeout: timedelta) -> Iterator[None]:
+def _distributed(
+    device: torch.device, timeout: timedelta, stop: Callable[[], signal.Signals | None] = lambda: None
+) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
@@ -133,7 +145,7 @@ def _distributed(device: torch.device, timeout: timedelta) -> Iterator[None]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if all(name in os.environ for name in TORCHRUN_VARIABLES):
-        store, rank, world_size = store_of_environment(timeout)
+        store, rank, world_size = store_of_environment(timeout, stop)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -146,6 +158,14 @@ def _distributed(device: torch.device, timeout: timedelta) -> Iterator[None]:
             leave_world()
         raise
     leave_world()
+
+
+def _check_world(parallel: ParallelConfig) -> None:
+    if dist.get_backend() == "fake":
+        # A pretended world, in which nobody else can agree.
+        check_world_size(parallel, dist.get_world_size())
+    else:
+        agree("checking the layout", lambda: check_world_size(parallel, dist.get_world_size()))
 
 
 def _make_groups(parallel: ParallelConfig, timeout: timedelta) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from functools import cached_property
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megascore.errors import ModelError
+from megascore.files.json_text import parse_json
 from megascore.weights.fingerprint import sampled_digest
 from megascore.weights.torch_dist.common import CommonState, read_common
 from megascore.weights.torch_dist.index import CheckpointIndex, read_index
@@ -195,7 +195,7 @@ class MegatronCheckpoint:
     def _check_format(self) -> None:
         path = self.folder / "metadata.json"
         try:
-            backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+            backend = parse_json(path.read_text(encoding="utf-8"))["sharded_backend"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path} cannot be read as that of a Megatron checkpoint: {error!r}") from error
         if backend != "torch_dist":
