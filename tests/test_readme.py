@@ -94,7 +94,9 @@ def test_commands_exist_as_they_are_shown(block: Block, stub: Path) -> None:
 def test_commands_in_sentences_exist(page: Path, stub: Path) -> None:
     for span in code_spans(page):
         # 'megascore score' alone is a name.
-        if span.startswith(COMMANDS) and not re.fullmatch(r"megascore (score|show|compare|plan|prune|evaluate|search)", span):
+        if span.startswith(COMMANDS) and not re.fullmatch(
+            r"megascore (score|show|compare|plan|prune|evaluate|search)", span
+        ):
             check_command(shlex.split(span), stub)
 
 
