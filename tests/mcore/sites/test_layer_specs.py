@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import megascore
+from megascore.sites.targets import PlaceKind
 from tests.mcore.sites import odd_models
 from tests.mcore.sites.test_odd_models import parallel_world
 from tests.pool import WorkerPool
@@ -162,3 +164,77 @@ def refusal() -> str:
     with parallel_world(), pytest.raises(megascore.errors.ModelError) as caught:
         megascore.attach(t5())
     return str(caught.value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_score_is_that_of_the_modules_own_tensors(name: str, world: WorkerPool) -> None:
+    expected, scores = world.run(1, score, name)[0]
+    assert expected
+    assert scores.keys() == expected.keys()
+    for key, value in scores.items():
+        # Sums of float64 in another order.
+        torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+def score(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Scores by formulas on what goes into and comes out of each scored module, and those of the run."""
+    build, part, _ = MODELS[name]
+    wanted = [{"target": target} for target in ("ffn", "attention_heads", "hidden_size", "layers")]
+    with parallel_world():
+        torch.manual_seed(3)
+        model = build().double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = megascore.attach(model, part=part, scores=wanted)
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        scored = model.get_submodule(part) if part else model
+        for place in run.view.places:
+
+            def keep(_: nn.Module, args: Any, kwargs: Any, output: Any, path: str = place.local_name) -> None:
+                inputs = args[0] if args else kwargs["hidden_states"]
+                seen[path] = inputs.double(), (output[0] if isinstance(output, tuple) else output).double()
+
+            place.module.register_forward_hook(keep, with_kwargs=True)
+        forward(model, scored, name)
+        run.step()
+        expected = {}
+        for place in run.view.places:
+            if place.local_name not in seen:
+                continue
+            key, value = formula(place, *seen[place.local_name])
+            if key is not None:
+                expected[key] = value
+        similarity = [expected.pop(key) for key in sorted(key for key in expected if key.endswith("block_similarity"))]
+        scores = dict(run.finish())
+        scores = {key: value for key, value in scores.items() if key != "decoder/hidden_size/l2_norm"}
+        expected["decoder/layers/block_similarity"] = torch.stack(similarity)
+        return expected, scores
+
+
+@torch.no_grad()
+def forward(model: Any, scored: Any, name: str) -> None:
+    tokens = torch.arange(2 * odd_models.SEQUENCE).view(2, -1) * 7 % odd_models.VOCAB
+    if name.endswith("T5"):
+        mask = torch.zeros(2, 1, odd_models.SEQUENCE, odd_models.SEQUENCE, dtype=torch.bool)
+        model(tokens, tokens.flip(1), mask, mask, mask)
+        return
+    runs = scored if name == "language model of two towers" else model
+    labels = {"labels": tokens} if name == "token prediction" else {}
+    runs(tokens, torch.arange(odd_models.SEQUENCE).expand(2, -1), None, **labels)
+
+
+def formula(place: Any, inputs: Tensor, outputs: Tensor) -> tuple[str | None, Tensor]:
+    """Key and value of a site's score; tensors are [S, B, C]."""
+    kind = place.kind
+    if kind is PlaceKind.LAYER:
+        cosine = torch.nn.functional.cosine_similarity(inputs, outputs, dim=-1)
+        return f"{place.name}/layers/block_similarity", 1 - cosine.mean()
+    values = outputs if kind is PlaceKind.NORM else inputs
+    channels = values.abs().mean(0).square().sum(0).sqrt()
+    if kind is PlaceKind.NORM:
+        return f"{place.name}/hidden_size/l2_norm", channels
+    if kind is PlaceKind.FFN_PROJECTION:
+        return f"{place.name}/ffn/l2_norm", channels
+    if kind is PlaceKind.ATTENTION_PROJECTION:
+        return f"{place.name}/attention_heads/l2_norm", channels.view(place.num_heads, -1).norm(dim=1)
+    return None, channels
