@@ -16,6 +16,7 @@ from tests.mcore.oracle import Recorder, expected_scores
 from tests.mcore.order import assert_same_order
 from tests.models import reference_logits, reference_loss
 from tests.pool import WorkerPool
+from tests.smaller import random_plan
 
 TEXT = Path(smollm2.__file__).parent / "text" / "northanger_abbey.txt"
 CPU = torch.device("cpu")
@@ -76,3 +77,33 @@ def score_and_loss(model: Path, tokens: Tensor, parallel: ParallelConfig) -> tup
             losses = forward_only(chunks, [tokens], compute_loss=True)
             run.step()
         return dict(run.finish()), float(losses.nats) / losses.num_tokens
+
+
+def test_a_smaller_one_loads_in_transformers_and_keeps_what_random_channels_would_lose(
+    model: Path, tokens: Tensor, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import megascore
+
+    parent = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad(), megascore.attach(parent) as run:
+        parent(tokens)
+        run.step()
+    scores = run.finish()
+    wanted = {"ffn": "75%", "layers": 26, "hidden_size": "90%", "multiple_of.hidden_size": 9}
+    plan = megascore.plan(scores, model=model, same_weights=True, **wanted)
+    assert plan.sizes_after["hidden_size"] == 522
+    megascore.prune(model, plan, tmp_path / "smaller")
+    smaller, found = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller", output_loading_info=True)
+    assert not any(found.values())
+    assert sum(weight.numel() for weight in smaller.parameters()) == plan.after.parameters
+    losses = {}
+    for name, units in {"scores": plan, "random": random_plan(model, **wanted)}.items():
+        with torch.no_grad(), megascore.masked_units(parent, units):
+            losses[name] = reference_loss(parent(tokens).logits, tokens)
+    with torch.no_grad():
+        own = reference_loss(smaller(tokens).logits, tokens)
+    assert own == pytest.approx(losses["scores"], abs=1e-3)
+    # Units at random cost nats, not tenths of one.
+    assert own < losses["random"] - 1
