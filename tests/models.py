@@ -24,6 +24,7 @@ __all__ = [
     "rename_tensors",
     "save_checkpoint",
     "save_tokenizer",
+    "tensors_of",
 ]
 
 SIZES = {
@@ -103,10 +104,10 @@ def save_checkpoint(
 
 def rename_tensors(source: Path, target: Path, new_name: Callable[[str], str | None]) -> Path:
     """Copy a checkpoint of one file under other names of its tensors; those without a new one are left out."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     target.mkdir()
-    named = {new_name(name): value for name, value in load_file(source / "model.safetensors").items()}
+    named = {new_name(name): value for name, value in tensors_of(source / "model.safetensors").items()}
     kept = {name: value for name, value in named.items() if name is not None}
     save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(source / "config.json", target)
@@ -150,6 +151,13 @@ def save_tokenizer(folder: Path) -> Path:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """Return copies of a safetensors file's tensors, so that the file may be written again: safetensors maps it."""
+    from safetensors.torch import load_file
+
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import megascore
 from megascore.config import DataConfig, load_config
 from megascore.errors import ConfigError, DataError, LayoutError, MegascoreError, ModelError, ScoreFileError
-from tests.models import SIZES, reference_logits, reference_loss, save_checkpoint, save_tokenizer
+from tests.models import SIZES, reference_logits, reference_loss, save_checkpoint, save_tokenizer, tensors_of
 from tests.pool import RankErrors, WorkerPool
 
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(model: Path, text: Pat
     folder = tmp_path / "broken"
     shutil.copytree(model, folder)
     name = "model.layers.2.mlp.down_proj.weight"
-    tensors = load_file(folder / "model.safetensors")
+    tensors = tensors_of(folder / "model.safetensors")
     misshapen = {**tensors, name: tensors[name][:, :-1].contiguous()}
     for broken, words in (
         ({key: value for key, value in tensors.items() if key != name}, f"no tensor '{name}'"),
@@ -203,7 +203,7 @@ def run_with_a_broken_rank(model: Path, text: Path, output: Path) -> None:
 def test_float16_weights_are_read_in_the_type_asked_for(model: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "half"
     shutil.copytree(model, folder)
-    halves = {key: value.to(torch.float16) for key, value in load_file(folder / "model.safetensors").items()}
+    halves = {key: value.to(torch.float16) for key, value in tensors_of(folder / "model.safetensors").items()}
     save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
     run(folder, text, tmp_path / "scores.safetensors", "model.dtype=bfloat16", "run.loss=false")
     scores = megascore.load_scores(tmp_path / "scores.safetensors")
@@ -214,7 +214,7 @@ def test_float16_weights_are_read_in_the_type_asked_for(model: Path, text: Path,
 def spoiled(model: Path, folder: Path, name: str) -> Path:
     """Return a copy of a checkpoint with a NaN in the first row of a tensor."""
     shutil.copytree(model, folder)
-    tensors = {key: value.clone() for key, value in load_file(model / "model.safetensors").items()}
+    tensors = {key: value.clone() for key, value in tensors_of(model / "model.safetensors").items()}
     tensors[name][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megascore.resume.progress_file import RunState, read_status
 from tests.job.resumable import SCORES, Job, assert_same_scores, copy_of, make_job, run_and_stop_on_rank, run_on_rank
-from tests.models import save_checkpoint
+from tests.models import save_checkpoint, tensors_of
 from tests.pool import WorkerPool
 
 
@@ -112,7 +112,7 @@ def change_weight_norms(path: Path) -> None:
 
 
 def rename_tensors(path: Path) -> None:
-    save_file({f"other.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    save_file({f"other.{name}": tensor for name, tensor in tensors_of(path).items()}, path)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {

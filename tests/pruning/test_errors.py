@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import megascore
 from megascore.errors import MegascoreError, ModelError, PlanError
 from megascore.plans.plan import Plan
 from megascore.pruning import tensor_stream
-from tests.models import save_checkpoint, save_tokenizer
+from tests.models import save_checkpoint, save_tokenizer, tensors_of
 from tests.smaller import random_plan
 
 pytestmark = pytest.mark.fast
@@ -80,7 +80,7 @@ def test_a_plan_of_another_model(refused: Callable[..., None], plan: Plan, tmp_p
 def test_a_tensor_that_the_family_does_not_have(refused: Callable[..., None], tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "odd", "llama")
     path = folder / "model.safetensors"
-    save_file({**load_file(path), "model.layers.0.adapter.weight": torch.ones(3)}, path, metadata={"format": "pt"})
+    save_file({**tensors_of(path), "model.layers.0.adapter.weight": torch.ones(3)}, path, metadata={"format": "pt"})
     refused("such as model.layers.0.adapter.weight", folder=folder, plan=random_plan(folder, ffn=56))
 
 
@@ -161,7 +161,7 @@ def test_other_files_come_along_and_the_input_stays(parent: Path, plan: Plan, tm
     assert "pytorch_model.bin" not in names
     index = json.loads((tmp_path / "smaller" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {name for name in names if name.endswith(".safetensors")}
-    sizes = {path.name: len(load_file(path)) for path in (tmp_path / "smaller").glob("*.safetensors")}
+    sizes = {path.name: len(tensors_of(path)) for path in (tmp_path / "smaller").glob("*.safetensors")}
     assert sum(sizes.values()) == len(index["weight_map"])
     record = json.loads((tmp_path / "smaller" / "megascore_prune.json").read_text())
     assert record["old_indices"]["hidden_size"] == list(plan.units.hidden_size)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import megascore
-from tests.models import FAMILIES, save_checkpoint
+from tests.models import FAMILIES, save_checkpoint, tensors_of
 from tests.smaller import exact, random_plan, scored, wanted_sizes
 
 AXES = ("hidden_size", "layers", "attention_heads", "kv_heads", "ffn", "experts", "expert_ffn", "all")
@@ -103,12 +103,12 @@ def test_a_folder_with_other_names_gets_the_ordinary_ones(tmp_path: Path) -> Non
     folder = save_checkpoint(tmp_path / "parent", "llama")
     plan = random_plan(folder, hidden_size=40, layers=3)
     megascore.prune(folder, plan, tmp_path / "ordinary")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = tensors_of(folder / "model.safetensors")
     # A base model's names, and a tied embedding that is there as the output layer alone.
     renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     renamed["lm_head.weight"] = renamed.pop("embed_tokens.weight")
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     megascore.prune(folder, random_plan(folder, hidden_size=40, layers=3), tmp_path / "renamed")
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("ordinary", "renamed"))
+    first, second = (tensors_of(tmp_path / name / "model.safetensors") for name in ("ordinary", "renamed"))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())

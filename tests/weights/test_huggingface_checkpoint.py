@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megascore.errors import ModelError
 from megascore.weights.huggingface.checkpoint import HuggingFaceCheckpoint
 from megascore.weights.huggingface.config import read_config
 from megascore.weights.huggingface.sources import find_rule, sources_of
-from tests.models import save_checkpoint
+from tests.models import save_checkpoint, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def all_tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
+    return {name: value for path in directory.glob("*.safetensors") for name, value in tensors_of(path).items()}
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -112,7 +112,7 @@ def test_parts_of_a_given_size_end_where_the_tensor_does(checkpoint: Path) -> No
 @pytest.mark.parametrize("same", [True, False])
 def test_a_head_beside_tied_embeddings_must_be_the_same(same: bool, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", "llama")
-    tensors = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
+    tensors = {name: value.clone() for name, value in tensors_of(folder / "model.safetensors").items()}
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0.0 if same else 1e-3)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoint = HuggingFaceCheckpoint(read_config(folder), folder)

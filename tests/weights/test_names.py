@@ -18,7 +18,7 @@ from megascore.weights.huggingface.config import read_config
 from megascore.weights.huggingface.names import stored_name
 from megascore.weights.huggingface.sources import all_tensors
 from tests.blockwise.test_score_blocks import assert_same
-from tests.models import load_with_transformers, rename_tensors, save_checkpoint
+from tests.models import load_with_transformers, rename_tensors, save_checkpoint, tensors_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -104,11 +104,11 @@ def test_a_tensor_that_has_no_name_is_told_with_those_that_were_looked_for(tmp_p
 
 
 def test_a_head_beside_an_embedding_without_prefix_must_be_the_same(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     folder = save_checkpoint(tmp_path / "ordinary", "llama")
     renamed = rename_tensors(folder, tmp_path / "renamed", without_prefix)
-    tensors = load_file(renamed / "model.safetensors")
+    tensors = tensors_of(renamed / "model.safetensors")
     tensors[HEAD] = tensors["embed_tokens.weight"] + 1
     save_file(tensors, renamed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"'lm_head\.weight' is not 'embed_tokens\.weight'"):

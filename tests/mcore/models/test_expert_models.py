@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megascore.config import ParallelConfig
@@ -15,7 +14,7 @@ from megascore.weights.huggingface.config import read_config
 from tests.mcore.expert_model import Variant, experts_spec
 from tests.mcore.logits import Expected, Output, relative_difference, run_models, run_one
 from tests.mcore.models.test_load import bytes_read
-from tests.models import reference_loss
+from tests.models import reference_loss, tensors_of
 from tests.pool import WorkerPool
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,7 +71,7 @@ def test_logits_and_loss_equal_those_of_transformers(
 def test_each_rank_reads_only_its_experts(world: WorkerPool, expected: Expected) -> None:
     directories = expected.directories
     for name in ("mixtral", "mixtral, fused"):
-        tensors = load_file(directories[name] / "model.safetensors")
+        tensors = tensors_of(directories[name] / "model.safetensors")
         everything = sum(tensor.nbytes for tensor in tensors.values())
         experts = sum(tensor.nbytes for key, tensor in tensors.items() if "experts." in key)
         assert experts > everything / 2

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megascore.config import ParallelConfig
 from megascore.mcore.models.gpt import build_gpt
 from megascore.mcore.models.load_huggingface import HuggingFaceWeights, weave
 from megascore.mcore.world.parallel_world import parallel_world
 from megascore.weights.huggingface.config import read_config
-from tests.models import rename_tensors, save_checkpoint
+from tests.models import rename_tensors, save_checkpoint, tensors_of
 from tests.pool import WorkerPool
 
 CPU = torch.device("cpu")
@@ -33,7 +32,7 @@ def bytes_read(directory: Path, parallel: ParallelConfig) -> int:
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
+    return {name: value for path in directory.glob("*.safetensors") for name, value in tensors_of(path).items()}
 
 
 def test_each_rank_reads_only_its_share(world: WorkerPool, checkpoint: Path) -> None:

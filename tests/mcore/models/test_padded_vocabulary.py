@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import parallel_state
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megascore.config import ModelConfig, ParallelConfig
@@ -23,7 +23,7 @@ from megascore.mcore.pipeline.schedule import forward_only, token_losses
 from megascore.mcore.world.parallel_world import parallel_world
 from tests.mcore.logits import CPU, TIMEOUT
 from tests.mcore.torch_dist import save_torch_dist, training_args
-from tests.models import reference_logits, reference_loss, save_checkpoint
+from tests.models import reference_logits, reference_loss, save_checkpoint, tensors_of
 from tests.pool import WorkerPool
 
 VOCABULARY = 129
@@ -45,7 +45,7 @@ def without_padding(wide: Path, folder: Path) -> None:
     shutil.copytree(wide, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY}))
-    tensors = load_file(folder / "model.safetensors")
+    tensors = tensors_of(folder / "model.safetensors")
     cut = {
         name: value[:VOCABULARY].clone() if name in ("model.embed_tokens.weight", "lm_head.weight") else value
         for name, value in tensors.items()
@@ -70,7 +70,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory, world: WorkerPool) -> dict
         # Its last rows are padding that training has moved far: large logits, which would show in any loss.
         changes = {"num_hidden_layers": 2, "num_key_value_heads": 4}
         wide = save_checkpoint(root / "wide", family, vocab_size=ROWS, **changes)
-        tensors = load_file(wide / "model.safetensors")
+        tensors = tensors_of(wide / "model.safetensors")
         for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
             tensors[name][VOCABULARY:] *= 10.0
         save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
