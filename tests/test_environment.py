@@ -108,7 +108,7 @@ def test_a_package_is_not_run_to_be_found(install: Install) -> None:
     assert package(look_around(), "Megatron-Bridge").problem == "it is installed, but has no module megatron.bridge"
 
 
-@pytest.mark.parametrize(("version", "problem"), [("0.14.2", "0.15 to 0.19"), ("0.20.0", "0.15 to 0.19")])
+@pytest.mark.parametrize(("version", "problem"), [("0.15.3", "0.16 to 0.19"), ("0.20.0", "0.16 to 0.19")])
 def test_a_version_of_megatron_that_is_not_supported_is_told(install: Install, version: str, problem: str) -> None:
     install("megatron-core", version, {"megatron/core/__init__.py": ""})
     found = package(look_around(), "megatron-core")

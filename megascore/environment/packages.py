@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 __all__ = ["SUPPORTED_MEGATRON", "Package", "find_packages"]
 
-SUPPORTED_MEGATRON = ((0, 15), (0, 20))
+SUPPORTED_MEGATRON = ((0, 16), (0, 20))
 """The first minor version of megatron-core that is supported, and the first that is not."""
 IMPORT_SECONDS = 180.0
 _IMPORT = "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); importlib.import_module(sys.argv[2])"

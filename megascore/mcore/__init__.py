@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from megascore.mcore.cpu.without_gpu import nothing_compiled_for_cuda
 from megascore.mcore.cpu.without_triton import triton_stand_in
 
 __all__ = [
@@ -38,7 +37,7 @@ def _importing_megatron() -> Iterator[None]:
     def leave_alone(function: Any = None, **_: Any) -> Any:
         return (lambda inner: inner) if function is None else function
 
-    with warnings.catch_warnings(), triton_stand_in(), nothing_compiled_for_cuda():
+    with warnings.catch_warnings(), triton_stand_in():
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             setattr(torch, "compile", leave_alone)  # noqa: B010 - mypy takes no assignment to a function

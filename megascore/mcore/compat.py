@@ -1,4 +1,4 @@
-"""Names that differ between the Megatron-Core versions that megascore supports, 0.15 to 0.19."""
+"""Names that differ between the Megatron-Core versions that megascore supports, 0.16 to 0.19."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs, gpt_model
 from megatron.core.transformer import cuda_graphs
-from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.moe import moe_utils
 
 __all__ = [
-    "forget_cached_masks",
     "has_transformer_engine",
     "missing_names",
     "replays_graphs",
@@ -21,14 +19,6 @@ __all__ = [
     "submodules_of",
     "without_deprecation_log",
 ]
-
-
-def forget_cached_masks() -> None:
-    """Drop attention masks that 0.15 keeps by sequence length alone, whatever device they are on."""
-    for name in ("get_default_causal_mask", "get_sliding_window_causal_mask"):
-        clear = getattr(getattr(transformer_utils, name), "cache_clear", None)
-        if clear is not None:
-            clear()
 
 
 def has_transformer_engine() -> bool:
@@ -48,7 +38,7 @@ def replays_graphs(config: Any) -> bool:
 
 def missing_names() -> list[tuple[Any, str, Any]]:
     """Return names that some versions use without defining them everywhere: (module, name, value to give it)."""
-    # 0.15 and 0.16 ask for this one of Transformer Engine's also where that is not installed.
+    # 0.16 asks for this one of Transformer Engine's also where that is not installed.
     return [(moe_utils, "te_general_gemm", getattr(moe_utils, "te_general_gemm", None))]
 
 

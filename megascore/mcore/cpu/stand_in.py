@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
 from megascore.errors import ConfigError
-from megascore.mcore.compat import forget_cached_masks
 from megascore.mcore.cpu.experts import expert_replacements
 
 __all__ = ["cpu_stand_in"]
@@ -51,7 +50,6 @@ def cpu_stand_in(device: torch.device = CPU) -> Iterator[None]:
         _replace_streams(stack)
         for owner, name, value in expert_replacements():
             stack.enter_context(_replaced(owner, name, value))
-        stack.callback(forget_cached_masks)
         stack.enter_context(_NoCuda(device))
         yield
 
