@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,8 +95,14 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    prune(arguments.model, arguments.plan, arguments.output, sort_only=arguments.sort_only, scores=arguments.scores)
-    console_on(sys.stdout).print(f"Model written to {arguments.output}", soft_wrap=True, highlight=False, markup=False)
+    # As after Ctrl-C, what was begun is taken away.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        prune(arguments.model, arguments.plan, arguments.output, sort_only=arguments.sort_only, scores=arguments.scores)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    text = f"Model written to {arguments.output}"
+    console_on(sys.stdout).print(text, soft_wrap=True, highlight=False, markup=False)
     return 0
 
 

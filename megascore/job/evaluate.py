@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -12,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megascore.config import JobConfig
-from megascore.errors import ConfigError, PlanError
+from megascore.errors import ConfigError, DataError, PlanError
 from megascore.evaluation.result import Evaluation, ModelResult, render_evaluation
 from megascore.evaluation.statistics import ratio
 from megascore.files.json_text import parse_json
@@ -37,6 +38,8 @@ from megascore.pruning.prune import RECORD
 from megascore.versions import installed_versions
 
 __all__ = ["EvaluationRequest", "run_evaluation"]
+
+logger = logging.getLogger(__name__)
 
 BASELINES = ("random", "weight_norm")
 
@@ -88,7 +91,8 @@ def run_evaluation(config: JobConfig, request: EvaluationRequest, console: Conso
         console: Where rank 0 shows progress and result.
 
     Raises:
-        MegascoreError: a wrong config, plan, model, text or layout, before anything long starts.
+        MegascoreError: a wrong config, plan, model, text or layout, before anything long starts; documents of one token
+            each, in which nothing is predicted.
     """
     form = ModelForm.of(config, local_device(config.run.device))
     timeout = timedelta(minutes=config.run.timeout_minutes)
@@ -101,8 +105,8 @@ def run_evaluation(config: JobConfig, request: EvaluationRequest, console: Conso
         candidates = [Candidate(name, units) for name, units in wanted.masks.items()]
         if smaller is not None:
             own = replace(inputs, source=smaller)
-            name = Path(str(request.smaller)).name
-            candidates.insert(0, Candidate(name, None, agree("loading the smaller model", lambda: load_chunks(own))))
+            loaded = agree("loading the smaller model", lambda: load_chunks(own))
+            candidates.insert(0, Candidate(_name_of_smaller(request), None, loaded))
         sums = pair_sums(inputs, chunks, candidates, console)
         evaluation = _evaluation(config, request, inputs, wanted, sums)
         agree("writing the result", lambda: _write(config, request, evaluation))
@@ -142,8 +146,14 @@ def _wanted(config: JobConfig, request: EvaluationRequest) -> _Wanted | None:
     for name, units in masks.items():
         sizes[name] = model_size(parent.config, units, parent.bytes_per_value).as_json()
     if request.smaller is not None:
-        sizes[Path(request.smaller).name] = Parent.of(request.smaller).size.as_json()
+        sizes[_name_of_smaller(request)] = Parent.of(request.smaller).size.as_json()
     return _Wanted(parent.size.as_json(), masks, sizes)
+
+
+def _name_of_smaller(request: EvaluationRequest) -> str:
+    name = Path(str(request.smaller)).resolve().name
+    taken = {name.replace("_", " ") for name in BASELINES} | {Path(str(request.plan)).name}
+    return f"{name} (folder)" if name in taken else name
 
 
 def units_like(plan: Plan, parent: Parent, orders: Orders) -> Units:
@@ -157,6 +167,7 @@ def _plan_behind(folder: str, parent: Parent) -> Plan | None:
     """Return the plan that a folder was made of; None where it was made otherwise."""
     record = Path(folder) / RECORD
     if not record.is_file():
+        logger.warning("%s has no %s, so there is no plan to draw random units for: no baselines.", folder, RECORD)
         return None
     try:
         document = parse_json(record.read_text(encoding="utf-8"))["plan"]
@@ -170,6 +181,8 @@ def _evaluation(
 ) -> Evaluation:
     first = next(iter(sums.values()))
     tokens, nats = first[:, 0], first[:, 1]
+    if not bool((tokens > 0).any()):
+        raise DataError("no token is predicted: every document has a single one. Give longer documents.")
     facts: dict[str, Any] = {
         "data": inputs.metadata["data"],
         "data_fingerprint": inputs.metadata["data_fingerprint"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from megascore.errors import PlanError
@@ -31,9 +32,11 @@ def mask_input(module: nn.Module, masks: Mapping[int, Tensor], scale: float = 1.
             raise PlanError(
                 f"{type(module).__name__} was given {width} channels: expected {' or '.join(map(str, masks))}."
             )
-        if width not in ready or ready[width].device != tensor.device or ready[width].dtype != tensor.dtype:
-            ready[width] = masks[width].to(tensor.device, tensor.dtype) * scale
-        return tensor * ready[width]
+        # A scale rounded to half precision would change every feature by the same part.
+        kind = tensor.dtype if scale == 1.0 else torch.promote_types(tensor.dtype, torch.float32)
+        if width not in ready or ready[width].device != tensor.device or ready[width].dtype != kind:
+            ready[width] = masks[width].to(tensor.device, kind) * scale
+        return (tensor * ready[width]).to(tensor.dtype)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
@@ -50,7 +53,8 @@ def scale_output(module: nn.Module, mask: Tensor, scale: float) -> Undo:
 
     def behind(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first: Tensor = output[0] if isinstance(output, tuple) else output
-        scaled = first * (mask.to(first.device, first.dtype) * scale)
+        kind = torch.promote_types(first.dtype, torch.float32)
+        scaled = (first * (mask.to(first.device, kind) * scale)).to(first.dtype)
         return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
 
     remove: Undo = module.register_forward_hook(behind).remove

@@ -65,6 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     ids = np.random.default_rng(3).integers(0, 129, (SAMPLES, LENGTH))
     lines = [json.dumps({"ids": row[:length].tolist()}) for row, length in zip(ids, PADDED, strict=True)]
     (root / "documents.jsonl").write_text("\n".join(lines))
+    (root / "short.jsonl").write_text("\n".join(['{"ids": [3]}'] * 4))
     (root / "job.yaml").write_text(
         f"model: {{hf: '{folder}', dtype: float64}}\n"
         f"data: {{jsonl: '{root / 'documents.jsonl'}', field: ids, packing: false, sequence_length: {LENGTH}}}\n"
@@ -188,6 +189,7 @@ def test_the_result_is_written_as_json(files: Files, alone: dict[str, Any], worl
         ({"plan": "missing.yaml"}, [], "missing.yaml not found"),
         ({"smaller": "missing"}, [], "missing"),
         ({"plan": "plan.yaml"}, ["model.hf={root}/pruned"], "is for a model with"),
+        ({"plan": "plan.yaml"}, ["data.jsonl={root}/short.jsonl"], "no token is predicted"),
     ],
 )
 def test_bad_input_is_one_clear_error(

@@ -18,7 +18,7 @@ from megascore.errors import PlanError
 from megascore.mcore.models.build import load_model
 from megascore.mcore.world.parallel_world import parallel_world
 from tests.mcore.logits import CPU, TIMEOUT, run
-from tests.models import save_checkpoint
+from tests.models import load_with_transformers, save_checkpoint
 from tests.pool import WorkerPool
 from tests.smaller import exact, random_plan
 
@@ -143,3 +143,17 @@ def test_features_behind_a_norm_with_a_mean_are_refused(tmp_path: Path) -> None:
     whole = exact(folder)
     whole.model.norm = model.model.norm
     assert torch.equal(model(tokens).logits, whole(tokens).logits)
+
+
+def test_in_half_precision_masks_are_as_near_as_the_smaller_model(tmp_path: Path, tokens: Tensor) -> None:
+    folder = save_checkpoint(tmp_path / "parent", "qwen3", **HEADS)
+    plan = random_plan(folder, hidden_size=40)
+    megascore.prune(folder, plan, tmp_path / "pruned")
+    parent, smaller = (load_with_transformers(path, torch.bfloat16) for path in (folder, tmp_path / "pruned"))
+    with torch.no_grad():
+        exact_logits = exact(tmp_path / "pruned")(tokens).logits
+        own = smaller(tokens).logits.double() - exact_logits
+        with megascore.masked_units(parent, plan):
+            masked = parent(tokens).logits.double() - exact_logits
+    # Rounding of the same size, and none that all features share, such as that of a scale.
+    assert float(masked.norm()) < 1.5 * float(own.norm())

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,18 @@ def test_the_memory_is_that_of_blocks(tmp_path: Path) -> None:
     # Two blocks of 16 MiB each as read, with kept rows, and with kept columns; less than two of the largest tensors.
     assert int(told) < 6 * 16 * 2**20 + 16 * 2**20
     shutil.rmtree(tmp_path / "pruned")
+
+
+def test_a_signal_leaves_nothing_behind(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 4, "vocab_size": 1024}
+    folder = save_checkpoint(tmp_path / "large", "qwen2", **sizes)
+    random_plan(folder, ffn="75%", hidden_size="90%").save(tmp_path / "plan.yaml")
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-m", "megascore", "prune", tmp_path / "plan.yaml", folder, tmp_path / "out" / "pruned"]
+    process = subprocess.Popen(command)
+    while process.poll() is None and not list((tmp_path / "out").iterdir()):
+        time.sleep(0.01)
+    process.terminate()
+    # A fast machine may have come to the end.
+    assert process.wait(60) in (0, 143)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == (["pruned"] if process.returncode == 0 else [])
