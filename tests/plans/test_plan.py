@@ -209,9 +209,10 @@ def saved(dense: Path, tmp_path: Path) -> Path:
     return tmp_path / "plan.yaml"
 
 
-def test_a_plan_comes_back_from_its_file(saved: Path, dense: Path, moe: Path, tmp_path: Path) -> None:
+def test_a_plan_comes_back_from_its_file(dense: Path, moe: Path, tmp_path: Path) -> None:
     plan = megascore.plan(scores_of(dense), ffn="75%", layers=3, attention_heads=4, hidden_size=56, multiple_of=8)
-    assert megascore.load_plan(saved) == plan
+    plan.save(tmp_path / "plan.yaml")
+    assert megascore.load_plan(tmp_path / "plan.yaml") == plan
     experts = megascore.plan(scores_of(moe), experts=6, expert_ffn=16, multiple_of=8)
     experts.save(tmp_path / "experts.yaml")
     assert megascore.load_plan(tmp_path / "experts.yaml", moe) == experts

@@ -32,7 +32,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded == scores
     assert loaded.metadata["model"] == {"name": "tiny", "num_layers": 11}
     assert loaded.metadata["scores"] == ["ffn/l2_norm", "layers/block_similarity"]
-    assert loaded.metadata["versions"]["torch"] == torch.__version__
+    # A wheel of the package index leaves out of its metadata what it was built for.
+    assert torch.__version__.startswith(loaded.metadata["versions"]["torch"])
     assert all(vector.dtype == torch.float64 for vector in loaded.values())
 
 

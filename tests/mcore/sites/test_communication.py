@@ -133,6 +133,8 @@ def pretend_ranks(checkpoint: str, parallel: ParallelConfig, world_size: int) ->
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     own_objects = mock.patch("megascore.parallel.merge.gather_objects", lambda own, group=None: [own])
     agreed = mock.patch("megascore.parallel.comm.gather_objects", lambda own, group=None: [own])
-    with own_objects, agreed:
+    # What no rank sends must not be taken for NaN of the model.
+    nothing_sent = mock.patch("torch.empty", torch.zeros)
+    with own_objects, agreed, nothing_sent:
         # The first of 4 stages: the other layers are missing in the world, so there is no whole score file.
         return score_and_measure(checkpoint, parallel, ADDITIVE, ScoringRun.results)
