@@ -59,6 +59,8 @@ def scores_of(folder: Path, unseen: dict[str, Unseen] | None = None, **changes: 
     values["decoder/hidden_size/l2_norm"] = noise(model.hidden_size, 7)
     values["decoder/layers/block_similarity"] = noise(model.num_layers, 8)
     metadata = {
+        # Else it is the time, and two plans of equal scores name other score files where a second has passed.
+        "created": "2026-01-01T00:00:00+00:00",
         "model": {
             "path": str(folder),
             "num_layers": model.num_layers,
