@@ -10,7 +10,7 @@ Installs megascore[dev] into a new environment in the temporary folder, with the
 allows, writes all of them to launch/constraints.txt, and removes the environment. Then run bash launch/test.sh, which
 installs them, and commit the file if it passes.
 
-Environment variables: MEGASCORE_PYTHON, the Python 3.10-3.12 to use; MEGASCORE_TORCH, such as torch==2.9.1, the torch
+Environment variables: MEGASCORE_PYTHON, the Python 3.10-3.12 to use; MEGASCORE_TORCH, such as torch==2.12.1, the torch
 to choose the versions for.
 END
 }

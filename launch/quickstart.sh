@@ -17,7 +17,7 @@ into the active virtual environment, or into .venv, which is made where there is
                   relative paths start at the checkout
 
 Environment variables: MEGASCORE_PYTHON, the Python 3.10-3.12 to make .venv with; MEGASCORE_TORCH, such as
-torch==2.9.1, the torch to install where there is none; XDG_CACHE_HOME, where the converted model is kept (0.5 GB).
+torch==2.12.1, the torch to install where there is none; XDG_CACHE_HOME, where the converted model is kept (0.5 GB).
 END
 }
 

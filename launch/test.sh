@@ -17,7 +17,7 @@ The last two make their environment anew, and run pytest alone, as other version
 fails there.
 
 Environment variables: MEGASCORE_PYTHON, the Python 3.10-3.12 to make environments with; MEGASCORE_TORCH, such as
-torch==2.9.1, the torch to install where there is none.
+torch==2.12.1, the torch to install where there is none.
 END
 }
 

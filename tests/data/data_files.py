@@ -44,7 +44,10 @@ def write(name: str, folder: Path, documents: list[list[int]]) -> dict[str, Any]
         path.write_text("".join(json.dumps({"meta": 1, "body": value}) + "\n" for value in values))
         return {"jsonl": str(path), "field": "body"}
     if name.startswith("dataset"):
-        datasets = pytest.importorskip("datasets", reason="the package datasets (extra 'data') is not installed")
+        try:
+            import datasets
+        except ImportError as error:
+            pytest.skip(f"the package datasets (extra 'data') can't be imported: {error}")
         values = documents if name.endswith("ids") else [words(ids) for ids in documents]
         datasets.Dataset.from_dict({"body": values, "meta": list(range(len(values)))}).save_to_disk(folder / "saved")
         return {"dataset": str(folder / "saved"), "field": "body"}

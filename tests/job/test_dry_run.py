@@ -34,7 +34,10 @@ from tests.job.plans import plan_of
 from tests.mcore.oracle import all_scores
 from tests.mcore.sites.test_communication import ADDITIVE, SEQUENCE_LENGTH, score_and_measure
 from tests.models import FAMILIES, SIZES, save_checkpoint
+from tests.old_versions import needs_collectives_on_meta
 from tests.pool import WorkerPool
+
+pytestmark = needs_collectives_on_meta
 
 EXPERT_SCORES: list[dict[str, Any]] = [
     {"target": "experts"},

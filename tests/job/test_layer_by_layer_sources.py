@@ -38,6 +38,7 @@ from tests.job.test_layer_by_layer import (
 from tests.job.test_layer_by_layer_resume import stop_on_rank
 from tests.mcore.providers import CHECKPOINT
 from tests.mcore.torch_dist import save_torch_dist, training_args
+from tests.old_versions import needs_parts_of_files
 from tests.pool import WorkerPool
 
 __all__ = ["documents", "experts", "full_pass"]
@@ -115,6 +116,7 @@ def test_a_megatron_checkpoint_goes_on_in_another_layout(
     assert_same_scores(job.scores(), full_pass.scores(), TOLERANCE)
 
 
+@needs_parts_of_files
 def test_experts_of_a_megatron_checkpoint_are_read_layer_by_layer(
     experts: Path, documents: Path, tmp_path: Path, world: WorkerPool
 ) -> None:

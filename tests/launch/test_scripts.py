@@ -192,14 +192,14 @@ def test_where_only_pypi_is_reached_torch_comes_from_there(fake_environment: Pat
         VIRTUAL_ENV=str(fake_environment),
         PATH=path_without_gpu,
         NO_CPU_INDEX="1",
-        MEGASCORE_TORCH="torch==2.9.1",
+        MEGASCORE_TORCH="torch==2.12.1",
     )
     assert result.returncode == 0, result.stderr
     assert "cannot be reached: taking torch from pip's own index" in result.stderr
     calls = pip_calls(fake_environment)
     assert "--index-url" in calls[0]
     assert "--index-url" not in calls[1]
-    assert calls[1].endswith(" torch==2.9.1")
+    assert calls[1].endswith(" torch==2.12.1")
 
 
 def test_packages_that_came_with_a_torch_stay(fake_environment: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import megascore
@@ -41,10 +42,13 @@ def has_channels(module: nn.Module) -> bool:
 
 @pytest.fixture(scope="module", params=ZOO)
 def model(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+    import transformers
     from transformers import CONFIG_MAPPING
 
     if request.param not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {request.param}")
+    if request.param.startswith("granitemoe") and Version(transformers.__version__) < Version("5.14"):
+        pytest.skip("transformers before 5.14 has granitemoe's experts in linear layers of their own (5.10 has)")
     return request.param, build(request.param)
 
 

@@ -20,6 +20,7 @@ from megascore.errors import ModelError
 from megascore.weights.torch_dist.checkpoint import find_iteration
 from megascore.weights.torch_dist.index import CheckpointIndex
 from megascore.weights.torch_dist.read import fill_from_part, overlaps
+from tests.old_versions import needs_parts_of_files
 
 NAME = "weight"
 FILE = "__0_0.distcp"
@@ -79,6 +80,7 @@ def test_a_box_has_the_values_of_the_tensor(case: str, tmp_path: Path) -> None:
             assert torch.equal(target, whole[box].to(target.dtype)), box
 
 
+@needs_parts_of_files
 def test_only_the_bytes_of_the_box_are_read(tmp_path: Path) -> None:
     whole = torch.randn(64, 256)
     index = write(tmp_path, whole, [[64], [256]])

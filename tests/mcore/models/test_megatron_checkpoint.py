@@ -18,6 +18,7 @@ from megascore.weights.torch_dist.checkpoint import MegatronCheckpoint
 from tests.mcore.logits import run
 from tests.mcore.torch_dist import save_torch_dist, training_args
 from tests.models import save_checkpoint
+from tests.old_versions import needs_parts_of_files
 from tests.pool import WorkerPool
 
 CPU = torch.device("cpu")
@@ -126,6 +127,7 @@ def read_share(folder: Path, parallel: ParallelConfig) -> tuple[int, int]:
         return num_bytes, sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
 
 
+@needs_parts_of_files
 def test_each_rank_reads_only_the_parts_that_it_has(root: Path, world: WorkerPool) -> None:
     for num_read, num_own in world.run(2, read_share, root / "mixtral", ParallelConfig(expert=2)):
         assert num_read == num_own
