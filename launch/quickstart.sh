@@ -10,7 +10,7 @@ Scores SmolLM2-135M-Instruct on a text that ships with the project, tensor-paral
 Needs Python 3.10-3.12, pip, about 4 GB of disk and 4 GB of memory; no GPU, no model at hand. The first run installs
 into the active virtual environment, or into .venv, which is made where there is none. Result: megascore-quickstart/
 
-  --prune         go on from the scores: plan a model with 80 % of the parameters, make it, and say what it lost on the
+  --prune         go on from the scores: plan a model with at most 80 % of its size, make it, and say what it lost on the
                   beginning of another novel, beside the same plan with channels taken at random; some minutes more
   --processes N   ranks to start: 1 or 3, or more with other parallel.* settings (default: 3; 1 with one or two GPUs)
   key=value       settings over those of launch/quickstart.yaml, such as data.num_samples=64 or run.steps=0 (dry run);
@@ -110,7 +110,7 @@ fi
 if [ -n "$prune" ]; then
     plan="megascore-quickstart/plan.yaml"
     smaller="megascore-quickstart/smaller"
-    say "Planning a model with 80 % of the parameters"
+    say "Planning a model with at most 80 % of the parameters"
     "$PYTHON" -m megascore plan "$output" params=80% "tensor_parallel=$processes" "model=$model" --to "$plan" --overwrite
     say "Pruning"
     rm -rf "$smaller"

@@ -18,9 +18,9 @@ from megascore.evaluation.result import Evaluation, ModelResult, render_evaluati
 from megascore.evaluation.statistics import ratio
 from megascore.files.json_text import parse_json
 from megascore.files.output_path import check_output_path
-from megascore.job.inputs import JobInputs, check_inputs, read_inputs
+from megascore.job.inputs import JobInputs, check_inputs, load_chunks, read_inputs
 from megascore.job.job import quiet_megatron
-from megascore.job.pair_runs import Candidate, load_chunks, pair_sums
+from megascore.job.pair_runs import Candidate, pair_sums
 from megascore.job.resolved import ModelForm
 from megascore.mcore.models.choose import model_source
 from megascore.mcore.models.source import ModelSource
@@ -108,7 +108,7 @@ def run_evaluation(config: JobConfig, request: EvaluationRequest, console: Conso
             loaded = agree("loading the smaller model", lambda: load_chunks(own))
             candidates.insert(0, Candidate(_name_of_smaller(request), None, loaded))
         sums = pair_sums(inputs, chunks, candidates, console)
-        evaluation = _evaluation(config, request, inputs, wanted, sums)
+        evaluation = agree("adding up", lambda: _evaluation(config, request, inputs, wanted, sums))
         agree("writing the result", lambda: _write(config, request, evaluation))
         if world_rank() == 0:
             console.print(render_evaluation(evaluation))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
-from megascore.job.inputs import JobInputs
+from megascore.job.inputs import JobInputs, load_chunks
 from megascore.job.loss import LossTotal
 from megascore.job.watch import Watch
 from megascore.mcore.pipeline.schedule import forward_only
@@ -31,7 +30,7 @@ def run_full_pass(inputs: JobInputs, watch: Watch) -> Scores:
         MegascoreError: the model, the scores or the checkpoint do not fit.
         Preempted: a signal came, and everything is saved.
     """
-    chunks = agree("loading the model", lambda: _load(inputs))
+    chunks = agree("loading the model", lambda: load_chunks(inputs))
     with ScoringRun(MegatronModelView(chunks), inputs.requests, inputs.metadata) as run:
         loss = LossTotal(inputs.form.device)
         if watch.snapshot is not None:
@@ -41,13 +40,6 @@ def run_full_pass(inputs: JobInputs, watch: Watch) -> Scores:
         _run_data(inputs, chunks, run, loss, watch)
         mean_loss = loss.mean() if inputs.computes_loss else None
     return run.finish({"loss": mean_loss})
-
-
-def _load(inputs: JobInputs) -> list[Any]:
-    chunks = inputs.form.build(inputs.source)
-    inputs.source.check_tokens(chunks, inputs.samples.largest_token)
-    inputs.source.load(chunks)
-    return chunks
 
 
 def _run_data(inputs: JobInputs, chunks: Sequence[nn.Module], run: ScoringRun, loss: LossTotal, watch: Watch) -> None:

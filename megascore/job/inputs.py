@@ -29,7 +29,7 @@ from megascore.parallel.comm import agree, broadcast_object, world_rank
 from megascore.resume.snapshot import fingerprint_of, identity_of
 from megascore.sites.requests import ScoreRequest, resolve_scores
 
-__all__ = ["JobInputs", "check_inputs", "check_job", "check_model", "problems", "read_inputs"]
+__all__ = ["JobInputs", "check_inputs", "check_job", "check_model", "load_chunks", "problems", "read_inputs"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,18 @@ def read_inputs(config: JobConfig, source: ModelSource, form: ModelForm) -> JobI
         "data": _facts_of_data(config.data, config.run.seed),
     }
     return JobInputs(source, form, requests, samples, share, total_steps, config.run.loss, identity, metadata)
+
+
+def load_chunks(inputs: JobInputs) -> list[Any]:
+    """Build and fill a model on this rank; its samples' tokens are checked. On every rank.
+
+    Raises:
+        MegascoreError: the model can't be built, or does not have the tokens of the data.
+    """
+    chunks = inputs.form.build(inputs.source)
+    inputs.source.check_tokens(chunks, inputs.samples.largest_token)
+    inputs.source.load(chunks)
+    return chunks
 
 
 def _check_samples(

@@ -20,7 +20,7 @@ from megascore.parallel.comm import sum_in_place, world_rank
 from megascore.plans.units import Units
 from megascore.runs.progress import ScoringProgress
 
-__all__ = ["Candidate", "load_chunks", "pair_sums"]
+__all__ = ["Candidate", "pair_sums"]
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,6 @@ class Candidate:
         if self.units is None:
             return nullcontext()
         return masked_view(view, self.units, int(view.facts["num_attention_heads"]))
-
-
-def load_chunks(inputs: JobInputs) -> list[Any]:
-    """Build and fill a model on this rank; its samples' tokens are checked. On every rank.
-
-    Raises:
-        MegascoreError: the model can't be built, or does not have the tokens of the data.
-    """
-    chunks = inputs.form.build(inputs.source)
-    inputs.source.check_tokens(chunks, inputs.samples.largest_token)
-    inputs.source.load(chunks)
-    return chunks
 
 
 def pair_sums(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,9 +18,9 @@ from megascore.evaluation.result import ModelResult, with_error
 from megascore.evaluation.statistics import ratio
 from megascore.files.json_text import parse_json
 from megascore.files.whole import write_whole
-from megascore.job.inputs import JobInputs, check_inputs, read_inputs
+from megascore.job.inputs import JobInputs, check_inputs, load_chunks, read_inputs
 from megascore.job.job import quiet_megatron
-from megascore.job.pair_runs import Candidate, load_chunks, pair_sums
+from megascore.job.pair_runs import Candidate, pair_sums
 from megascore.job.resolved import ModelForm
 from megascore.mcore.models.source import ModelSource
 from megascore.mcore.world.parallel_world import local_device, parallel_world
@@ -104,8 +105,8 @@ def run_search(config: JobConfig, request: SearchRequest, console: Console) -> d
 
 
 def by_loss(results: Any) -> list[ModelResult]:
-    """Return results, the smallest loss first."""
-    return sorted(results, key=lambda result: (result.loss, result.name))
+    """Return results, the smallest loss first, and those without a finite one last."""
+    return sorted(results, key=lambda result: (not math.isfinite(result.loss), result.loss, result.name))
 
 
 def render_search(parent_loss: float | None, results: Any) -> RenderableType:
@@ -183,6 +184,8 @@ def _evaluate_missing(
 ) -> None:
     missing: Sequence[str] = [name for name in plans if name not in state.results]
     if not missing:
+        # The kill may have come between the two files.
+        agree("saving the search", lambda: _save(request, plans, state))
         return
     chunks = agree("loading the model", lambda: load_chunks(inputs))
     for start in range(0, len(missing), AT_ONCE):

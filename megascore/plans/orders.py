@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megascore.errors import PlanError
 from megascore.scores.assemble import MODEL_SITE, layer_of
+from megascore.scores.ranking import known_target
 from megascore.scores.score_file import Scores, Unseen, split_key
 
 __all__ = ["Orders", "RandomOrders", "ScoreOrders", "Unit"]
@@ -44,6 +45,7 @@ class ScoreOrders:
 
         Raises:
             PlanError: a method is named that the file does not have.
+            ScoreFileError: the file has a target that this version does not know.
         """
         self._scores = scores
         self._unseen = scores.unseen
@@ -55,7 +57,7 @@ class ScoreOrders:
         self._keys: dict[str, dict[str, dict[Unit, str]]] = {}
         for key in (*scores, *(key for key, entry in self._unseen.items() if entry == "all")):
             site, target, method = split_key(key)
-            if target in ("hidden_size", "layers"):
+            if known_target(key, target).whole_model is not None:
                 unit: Unit = (target, None, None)
                 if site != MODEL_SITE:
                     continue

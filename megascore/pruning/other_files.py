@@ -16,7 +16,9 @@ LEFT_OUT = (".git", ".cache", ".gitattributes", "__pycache__")
 
 
 def copy_other_files(source: Path, target: Path) -> None:
-    """Copy all files of a folder that hold no weights, also those in its folders; what is left out is told.
+    """Copy all files of a folder that hold no weights, also those in its folders.
+
+    Weights in other forms are left out with a warning; those of git and of caches, `LEFT_OUT`, are no part of a model.
 
     Raises:
         OSError: the system refuses.
