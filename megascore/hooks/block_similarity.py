@@ -48,9 +48,10 @@ class BlockSimilarityHook(
                     cosines.masked_fill_(~mask[start:stop], 0)
                 self._state["sum_of_cosines"] += cosines.sum(dtype=torch.float64)
 
-    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+    @classmethod
+    def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [1]; ``num_calls`` has no part in it."""
-        self._require_data(state)
+        cls._require_data(state)
         return {"score": 1 - state["sum_of_cosines"] / state["num_tokens"]}
 
 

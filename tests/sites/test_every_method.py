@@ -21,7 +21,14 @@ from megascore.hooks.registry import methods
 from megascore.sites.targets import TARGETS
 from tests.blockwise import tiny_decoder
 from tests.blockwise.tiny_decoder import TinyDecoder
-from tests.mcore.oracle import Recorder, expected_contributions, expected_scores, iterative_ranks
+from tests.mcore.oracle import (
+    Recorder,
+    expected_contributions,
+    expected_moments,
+    expected_scores,
+    iterative_ranks,
+    projection_moments,
+)
 from tests.pool import WorkerPool
 
 Pair = tuple[str, str]
@@ -31,7 +38,12 @@ Found = tuple[dict[Pair, dict[str, Tensor]], dict[Pair, str], dict[str, Tensor]]
 OPTIONS = {"iterative_contribution": {"iterations": 2, "calibration_method": "scale_by_magnitude"}}
 STEPS = [[0, 1], [2, 3]]
 """Samples of each step."""
-OF_PACKAGE = [pair for pair, method in methods().items() if method.hook.__module__.startswith("megascore.")]
+OF_PACKAGE = [
+    pair
+    for pair, method in methods().items()
+    # A random score is what its generator says, in tests/hooks/test_random_order.py.
+    if method.hook.__module__.startswith("megascore.") and pair[1] != "random"
+]
 ROUTED = {"experts", "expert_ffn", "shared_expert_ffn"}
 TOLERANCE = 1e-9
 """float64: only the order of additions differs."""
@@ -101,7 +113,8 @@ def on_plain() -> Found:
         return {
             **expected_scores(recorder, num_layers, head_dim),
             # Its values are as many as its queries, whatever its config says.
-            **expected_contributions(recorder, num_layers, tiny_decoder.HEADS, STEPS),
+            **expected_contributions(recorder, num_layers, tiny_decoder.HEADS, tiny_decoder.HEADS, STEPS),
+            **expected_moments(recorder, num_layers, head_dim),
         }
 
     return score_each(model, run_samples, oracle)
@@ -127,11 +140,17 @@ def on_megatron() -> Found:
             shared = [name for name in recorder.inputs if "shared_experts" in name]
             return {
                 **expected_scores(recorder, num_layers, head_dim),
-                **expected_contributions(recorder, num_layers, 2, STEPS),
+                **expected_contributions(recorder, num_layers, 2, sizes["heads"], STEPS),
+                **expected_moments(recorder, num_layers, head_dim),
                 **experts.scores(),
                 **{
                     f"{name}/shared_expert_ffn/iterative_contribution": iterative_ranks(recorder, name, STEPS)
                     for name in shared
+                },
+                **{
+                    f"{name}/shared_expert_ffn/{method}": score
+                    for name in shared
+                    for method, score in projection_moments(recorder.inputs[name], recorder.weights[name]).items()
                 },
             }
 
