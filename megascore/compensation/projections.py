@@ -37,6 +37,11 @@ class Projection:
     """Of its tensor in the parent; with ``#`` and the number of an expert where all experts are in one."""
 
     @property
+    def bias_name(self) -> str:
+        """Name of the bias beside it, where there is one."""
+        return f"{self.name.removesuffix('.weight')}.bias"
+
+    @property
     def is_of_expert(self) -> bool:
         """Whether a router sends it tokens: the parent's then went elsewhere, so its own inputs are the smaller's."""
         return self.place.kind is PlaceKind.ROUTED_EXPERT_PROJECTION

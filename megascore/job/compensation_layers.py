@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from megascore.sites.places import Place
 from megascore.sites.targets import PlaceKind
 
 __all__ = ["LayerRefits", "Method"]
+
+Change: TypeAlias = tuple[Tensor, Tensor]
+"""A tensor of the model, and the values that the smaller one has."""
 
 STAGES = ((PlaceKind.ATTENTION_PROJECTION,), (PlaceKind.FFN_PROJECTION, PlaceKind.ROUTED_EXPERT_PROJECTION))
 """What is fitted together, in the order in which a layer runs it: the inputs of the second depend on the first."""
@@ -132,12 +135,12 @@ class LayerRefits:
         places = [p for p in self._view.places if p.name == prefix or p.name.startswith(f"{prefix}.")]
         is_kept = layer in self._units.of_layers and layer in self._units.layers
         found = self._projections(places) if is_kept and is_here else []
-        new: list[tuple[Projection, Tensor]] = []
+        new: list[Change] = []
         facts: list[dict[str, Any]] = []
         written: dict[str, Tensor] = {}
         if is_done:
-            read = agree(f"reading what layer {layer} takes over", lambda: [(p, self._saved(p)) for p in found])
-            new = [(projection, weight) for projection, weight in read if weight is not None]
+            read = agree(f"reading what layer {layer} takes over", lambda: [self._saved(p) for p in found])
+            new = [change for changes in read for change in changes]
         else:
             # Whether any rank has something to fit here: the others meet it before each step.
             for kinds in STAGES if max_over_world([int(bool(found))])[0] else ():
@@ -150,7 +153,7 @@ class LayerRefits:
                 return
             self._parents[chunk].run_layer(position, index, None)
             if is_kept:
-                with self._masks(places), swapped_weights(_pairs(new)):
+                with self._masks(places), swapped_weights(new):
                     self._children[chunk].run_layer(position, index, None)
 
         self._go_over(run)
@@ -162,11 +165,11 @@ class LayerRefits:
         position: int | None,
         places: Sequence[Place],
         projections: Sequence[Projection],
-        done: Sequence[tuple[Projection, Tensor]],
+        done: Sequence[Change],
         kinds: Sequence[PlaceKind],
         facts: list[dict[str, Any]],
         written: dict[str, Tensor],
-    ) -> list[tuple[Projection, Tensor]]:
+    ) -> list[Change]:
         """Fit some projections of a layer, add what is known of them and what this rank writes.
 
         ``position`` is None on ranks that have none of it. Returns new weights, as `_take_over` does.
@@ -191,7 +194,7 @@ class LayerRefits:
                     self._parents[chunk].look_at_layer(position, index)
             with (
                 self._masks(around),
-                swapped_weights(_pairs(done)),
+                swapped_weights(done),
                 followed_mask([place for place in places if place.kind in kinds], mask),
                 caught_inputs(own) as of_child,
             ):
@@ -225,7 +228,7 @@ class LayerRefits:
         solved: Sequence[Solved | None],
         facts: list[dict[str, Any]],
         written: dict[str, Tensor],
-    ) -> list[tuple[Projection, Tensor]]:
+    ) -> list[Change]:
         """Return new weights as this rank needs them, [E, this rank's channels], and add those that it writes."""
         new = []
         rows = torch.tensor(self._units.hidden_size)
@@ -235,25 +238,37 @@ class LayerRefits:
                 fact.update(tokens=found.num_tokens, error_left=found.error_left)
                 weight = refit.weight.clone()
                 weight[:, refit.own_kept.to(weight.device)] = found.own_columns.to(weight.dtype)
-                new.append((projection, weight))
-                kept = found.weight[rows.to(found.weight.device)]
+                new.append((refit.weight, weight))
+                kind, kept = _kind_of(weight), rows.to(weight.device)
                 if refit.is_first:
-                    written[projection.name] = kept.to(_kind_of(refit.weight))
+                    written[projection.name] = found.weight[kept].to(kind)
+                if found.bias is not None:
+                    bias = _bias_of(projection)
+                    new.append((bias, (bias.double() + found.bias).to(bias.dtype)))
+                    if refit.is_first:
+                        written[projection.bias_name] = (bias.double() + found.bias)[kept].to(kind)
             if refit.is_first:
                 facts.append(fact)
         return new
 
-    def _saved(self, projection: Projection) -> Tensor | None:
-        """Return the new weight of a layer that is done, as this rank needs it; None where it keeps the old one."""
-        found = self._folder.read(projection.name, layer_of(projection.place.name))
-        if found is None:
-            return None
+    def _saved(self, projection: Projection) -> list[Change]:
+        """Return the new values of a layer that is done, as this rank needs them; none where it keeps the old ones."""
+        layer = layer_of(projection.place.name)
+        found, bias = (self._folder.read(name, layer) for name in (projection.name, projection.bias_name))
+        changes: list[Change] = []
         refit = Refit(projection.place, projection.kept)
-        weight = refit.weight.clone()
-        rows = torch.tensor(self._units.hidden_size, device=weight.device)
-        own = refit.own_kept.to(weight.device)
-        weight[rows[:, None], own] = found[:, refit.positions].to(weight.device, weight.dtype)
-        return weight
+        rows = torch.tensor(self._units.hidden_size, device=refit.weight.device)
+        if found is not None:
+            weight = refit.weight.clone()
+            own = refit.own_kept.to(weight.device)
+            weight[rows[:, None], own] = found[:, refit.positions].to(weight.device, weight.dtype)
+            changes.append((refit.weight, weight))
+        if bias is not None:
+            old = _bias_of(projection)
+            new = old.clone()
+            new[rows] = bias.to(old.device, old.dtype)
+            changes.append((old, new))
+        return changes
 
     def _masks(self, places: Sequence[Place]) -> Any:
         return masked_view(self._view, self._units, self._num_heads, places)
@@ -302,8 +317,10 @@ def _collecting(runner: ChunkRunner | None) -> Iterator[Callable[[int], None] | 
             yield get_input
 
 
-def _pairs(new: Sequence[tuple[Projection, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [(Refit.weight_of(projection.place), weight) for projection, weight in new]
+def _bias_of(projection: Projection) -> Tensor:
+    module: Any = projection.place.module
+    assert isinstance(module.bias, Tensor), f"{projection.place.name} has no bias, and was asked for one"
+    return module.bias.detach()
 
 
 def _kind_of(weight: Tensor) -> torch.dtype:

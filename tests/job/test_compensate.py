@@ -231,6 +231,28 @@ def test_experts_take_over_what_their_own_channels_gave(layout: str, expert_file
     assert all(entry["error_left"] < 1 for entry in of_experts if entry["tokens"])
 
 
+def test_a_bias_takes_the_mean_of_what_left(tmp_path: Path, world: WorkerPool) -> None:
+    files = make_files(tmp_path, "llama", {"mlp_bias": True}, ffn=64, hidden_size=56)
+    assert world.run(2, compensate_on_rank, tmp_path, "out", ["parallel.tensor=2"], "bias") == [None, None]
+    found, plain = weights_of(tmp_path / "out"), weights_of_plain(files)
+    parent, child = exact(files.parent), exact(files.parent)
+    units = files.plan.units
+    for layer, kept in units.kept_layers():
+        for module in ("self_attn.o_proj", "mlp.down_proj"):
+            name = f"model.layers.{layer}.{module}"
+            linear = child.get_submodule(name)
+            channels = list(kept.ffn) if "mlp" in module else list(range(linear.in_features))
+            with masked_view(view_of(child), units, parent.config.num_attention_heads):
+                z = inputs_of(child, name, files)[:, channels]
+            mean = (inputs_of(parent, name, files) @ linear.weight.T - z @ linear.weight[:, channels].T).mean(0)
+            with torch.no_grad():
+                linear.bias += mean
+            wanted = linear.bias.detach()[list(units.hidden_size)]
+            torch.testing.assert_close(found[f"{name}.bias"].double(), wanted, **OF_ORACLE, msg=name)
+            assert torch.equal(found[f"{name}.weight"], plain[f"{name}.weight"])
+            assert not torch.equal(found[f"{name}.bias"], plain[f"{name}.bias"])
+
+
 @pytest.mark.parametrize("done", range(1, 5))
 def test_a_kill_after_any_layer_loses_nothing_of_it(
     done: int, files: Files, fitted: dict[str, Tensor], tmp_path: Path
