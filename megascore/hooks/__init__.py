@@ -11,7 +11,9 @@ from megascore.hooks.l2_norm import L2NormHook
 from megascore.hooks.layer_norm import LayerNormContributionHook
 from megascore.hooks.routed_l2_norm import RoutedL2NormHook
 from megascore.hooks.router_weighted_norm import RouterWeightedNormHook
+from megascore.hooks.span_similarity import SpanSimilarityHook
 from megascore.hooks.statistics import Merge, State, Statistic
+from megascore.hooks.without_layer import LossWithoutHook, OutputErrorHook
 
 __all__ = [
     "BlockSimilarityHook",
@@ -21,9 +23,12 @@ __all__ = [
     "IterativeChannelContributionHook",
     "L2NormHook",
     "LayerNormContributionHook",
+    "LossWithoutHook",
     "Merge",
+    "OutputErrorHook",
     "RoutedL2NormHook",
     "RouterWeightedNormHook",
+    "SpanSimilarityHook",
     "State",
     "Statistic",
 ]

@@ -91,7 +91,9 @@ class ScoreOrders:
                 f"the score file has {len(values)} scores for {key}, and the model has {size} units there: they are "
                 "of different models."
             )
-        return values  # Unseen entries are -1, below all that was measured.
+        # Below all that was measured, which may be negative.
+        values[unseen] = -torch.inf
+        return values
 
     def _method(self, target: str) -> str:
         methods = self._keys.get(target, {})

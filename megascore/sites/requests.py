@@ -13,7 +13,14 @@ from megascore.hooks.method import Method
 from megascore.hooks.registry import methods_of
 from megascore.sites.targets import TARGETS, PlaceKind, Target, check_methods
 
-__all__ = ["RECIPES", "ScoreRequest", "check_num_steps", "names_of_methods", "resolve_scores"]
+__all__ = [
+    "RECIPES",
+    "ScoreRequest",
+    "check_num_steps",
+    "names_of_methods",
+    "refuse_needing_job",
+    "resolve_scores",
+]
 
 
 def names_of_methods(target: str) -> tuple[str, ...]:
@@ -134,6 +141,25 @@ def check_num_steps(requests: Iterable[ScoreRequest], num_steps: int) -> None:
                 f"steps, and each step is one iteration: set iterations={num_steps}, or change run.steps, "
                 "run.global_batch_size or data.num_samples."
             )
+
+
+def refuse_needing_job(requests: Iterable[ScoreRequest], where: str) -> None:
+    """Refuse scores that only a job can measure, which runs the whole model itself. Not collective.
+
+    Args:
+        requests: What is asked for.
+        where: What is no such job, for the error: "attach".
+
+    Raises:
+        ConfigError: naming the scores.
+    """
+    names = [f"{request.target}/{request.method}" for request in requests if request.definition.hook.needs_job]
+    if names:
+        raise ConfigError(
+            f"{where} can't measure {', '.join(names)}: that takes further forward passes, without layers or over "
+            "several of them, and the whole model in memory. Use a job that runs the model itself, torchrun -m "
+            "megascore score CONFIG with run.blockwise=false; or score layers by block_similarity."
+        )
 
 
 def _resolve_entry(entry: Mapping[str, Any] | ScoreRequest, position: int) -> ScoreRequest:
