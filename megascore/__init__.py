@@ -12,6 +12,7 @@ from megascore.api.masked import masked_units
 from megascore.plans.plan import Plan, plan
 from megascore.plans.plan_file import load_plan
 from megascore.pruning.prune import prune
+from megascore.scores.rescore import merge, rescore
 from megascore.scores.score_file import Scores, load_scores
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "load_plan",
     "load_scores",
     "masked_units",
+    "merge",
     "plan",
     "prune",
+    "rescore",
     "score_blockwise",
 ]
 

@@ -191,6 +191,11 @@ class RunConfig:
     """Folder for what waits between two layers with ``blockwise``; null keeps it in host memory."""
     spool_memory_gb: float = 0.0
     """Host memory of each rank, in GB (1e9 bytes), that is filled before ``spool_dir`` is."""
+    until: dict[str, float] | None = None
+    """``{overlap: 0.98}`` ends the run when, for all scores, two such runs are expected to have so much of the lowest
+    quarter in common; null runs all steps."""
+    keep_statistics: bool = True
+    """Keep in the score file what scores were computed from, so that it can be scored again, and merged."""
 
     def __post_init__(self) -> None:
         """Check values that do not depend on other sections."""
@@ -210,8 +215,21 @@ class RunConfig:
                 f"run.timeout_minutes is {self.timeout_minutes}: expected {MINUTES_OF_A_YEAR} at most, which is a year."
             )
         self._check_spool()
+        self._check_until()
         if self.checkpoint_seconds is not None:
             _require_positive("run.checkpoint_seconds", self.checkpoint_seconds)
+
+    def _check_until(self) -> None:
+        if self.until is None:
+            return
+        overlap = self.until.get("overlap")
+        if set(self.until) != {"overlap"} or overlap is None or not 0 < overlap < 1:
+            raise ConfigError(f"run.until is {dict(self.until)}: expected {{overlap: 0.98}}, or another part below 1.")
+        if self.blockwise:
+            raise ConfigError(
+                "run.until is given with run.blockwise=true, where each layer goes over all samples before the next "
+                "one begins: leave out one of the two."
+            )
 
     def _check_spool(self) -> None:
         if self.spool_dir is not None and not self.blockwise:
@@ -235,7 +253,13 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         """Check the scores, which have a shape of their own."""
-        resolve_scores(self.scores)
+        requests = resolve_scores(self.scores)
+        for request in requests if self.run.until is not None else ():
+            if request.num_steps is not None:
+                raise ConfigError(
+                    f"run.until is given, and {request.target}/{request.method} needs {request.num_steps} steps, no "
+                    "fewer: leave out one of the two."
+                )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

@@ -1,4 +1,4 @@
-"""The commands ``score``, ``show``, ``compare``, ``status`` and ``env``."""
+"""The commands ``score``, ``show``, ``compare``, ``rescore``, ``merge``, ``status`` and ``env``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from megascore.cli.common import console_on, job_of_ranks
 from megascore.config import load_config
 from megascore.environment import look_around, render_environment
+from megascore.errors import ConfigError
 from megascore.resume.progress_file import RunState, read_status
 from megascore.scores.compare import compare, render_comparison
 from megascore.scores.report import render_scores
-from megascore.scores.score_file import load_scores
+from megascore.scores.rescore import merge, rescore
+from megascore.scores.score_file import Scores, load_scores
 
 __all__ = ["add_commands"]
 
@@ -61,6 +63,26 @@ def add_commands(commands: Any) -> None:
     )
     compared.add_argument("--all", action="store_true", help="show every site, not only the worst")
     compared.set_defaults(command=_compare)
+    rescored = commands.add_parser(
+        "rescore",
+        help="add scores by other methods to a score file",
+        description="Compute scores by other methods from the statistics that a score file keeps; no model is needed. "
+        "A run with scores=all keeps what every method needs.",
+    )
+    rescored.add_argument("scores", metavar="SCORES", type=Path, help="score file")
+    rescored.add_argument("wanted", metavar="target=method", nargs="+", help="such as ffn=wanda")
+    rescored.add_argument("--to", metavar="FILE", type=Path, required=True, help="score file to write")
+    rescored.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    rescored.set_defaults(command=_rescore)
+    merged = commands.add_parser(
+        "merge",
+        help="merge score files of one model and different data",
+        description="Add up the statistics of score files of one model: the scores are those of one run over all data.",
+    )
+    merged.add_argument("scores", metavar="SCORES", type=Path, nargs="+", help="score files")
+    merged.add_argument("--to", metavar="FILE", type=Path, required=True, help="score file to write")
+    merged.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    merged.set_defaults(command=_merge)
     status = commands.add_parser(
         "status",
         help="show how far a run with checkpoints is",
@@ -100,6 +122,27 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.tolerance is None or comparison.within(arguments.tolerance):
         return 0
     return BEYOND_TOLERANCE
+
+
+def _rescore(arguments: argparse.Namespace) -> int:
+    wanted = []
+    for text in arguments.wanted:
+        target, separator, method = text.partition("=")
+        if not separator:
+            raise ConfigError(f"'{text}' is not target=method: expected such as ffn=wanda.")
+        wanted.append({"target": target, "method": method})
+    return _write(rescore(load_scores(arguments.scores), wanted), arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    return _write(merge([load_scores(path) for path in arguments.scores]), arguments)
+
+
+def _write(scores: Scores, arguments: argparse.Namespace) -> int:
+    scores.save(arguments.to, arguments.overwrite)
+    console = console_on(sys.stdout)
+    console.print(f"Scores written to {arguments.to}", soft_wrap=True, highlight=False, markup=False)
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,20 @@ class AccumulatingHook(HasMethod, ABC):
         self._num_channels: int | None = None
         self._result_dtype = torch.float32
 
+    place_name = ""
+    """Global name of the module, where the hook was put at a place of a model."""
+    additive = True
+    """Whether parts of the data can be measured one by one, and their statistics added up in any order."""
+    shared: ClassVar[type[AccumulatingHook] | None] = None
+    """The class at the root of a family of methods that one hook can serve together; None for one that stands alone."""
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """What a method of such a family needs, by names that the root knows."""
+    reads_activations = True
+    """Whether the score depends on the activations, and not only on the weights or on nothing."""
+    grows_with: ClassVar[str] = "num_tokens"
+    """The count that a score which grows with the data follows: scores of parts of the data are compared by it."""
+    units_are_heads = False
+    """Whether a channel of the hook is a head, at a place whose channels are those inside of heads."""
     takes_shards = False
     """Set in tensor-parallel subclasses: their layer's weight may be one shard of a larger one."""
 
@@ -59,6 +73,9 @@ class AccumulatingHook(HasMethod, ABC):
     @abstractmethod
     def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Compute the results from a complete state, such as one merged over ranks; pure.
+
+        Write it as a class method where it needs nothing but the state: then a score file with these statistics can be
+        scored again, and merged with others.
 
         Args:
             state: One tensor for each declared statistic.
@@ -188,8 +205,9 @@ class AccumulatingHook(HasMethod, ABC):
         if activations.dtype == torch.float64:
             self._result_dtype = torch.float64
 
-    def _require_data(self, state: State) -> None:
+    @classmethod
+    def _require_data(cls, state: State) -> None:
         # AssertionError is the published interface's documented type for this mistake of a user.
         # Tokens beside calls: the first of the ranks that share the samples counts calls, and a mask may leave it none.
         if not state or not int(state["num_calls"] + state["num_tokens"]):
-            raise AssertionError(f"{type(self).__name__}: no activations collected yet; run a forward pass first.")
+            raise AssertionError(f"{cls.__name__}: no activations collected yet; run a forward pass first.")

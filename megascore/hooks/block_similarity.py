@@ -39,7 +39,8 @@ class BlockSimilarityHook(
         self._begin_call(inputs, token_mask, num_channels=1)
         self._state["sum_of_cosines"] += sum_of_cosines(inputs, output, token_mask)
 
-    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+    @classmethod
+    def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [1]; ``num_calls`` has no part in it."""
-        self._require_data(state)
+        cls._require_data(state)
         return {"score": 1 - state["sum_of_cosines"] / state["num_tokens"]}

@@ -40,6 +40,8 @@ class IterativeChannelContributionHook(
     Where `defers` is set, calls add up what they measure, and `settle` ends the iteration with the sum over all ranks.
     """
 
+    additive = False
+
     def __init__(self, linear_layer: nn.Module, activation_hooks_kwargs: Mapping[str, Any]) -> None:
         """Plan the iterations.
 

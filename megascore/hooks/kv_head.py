@@ -102,7 +102,7 @@ class IndependentKvHeadContributionHook(
     @exact
     def observe(self, inputs: Tensor, output: Tensor, token_mask: Tensor | None = None) -> None:
         """Add one call; ``inputs`` is [..., num_kv_heads * width], the projection's input. Not collective."""
-        num_kv_heads, width = len(self._weight_norm), self._group_width
+        num_kv_heads, width = len(self._factors), self._group_width
         if inputs.shape[-1] != num_kv_heads * width:
             raise HookStateError(
                 f"{type(self).__name__} expects {num_kv_heads} x {width} inputs for each token, "
@@ -113,9 +113,10 @@ class IndependentKvHeadContributionHook(
         for (x,), mask in reductions.token_views([inputs], token_mask):
             self._observe_tokens(x, mask)
 
-    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+    @classmethod
+    def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [num_kv_heads], the mean times ``num_calls``."""
-        self._require_data(state)
+        cls._require_data(state)
         return {"score": state["sum_of_norms"] / state["num_tokens"] * num_calls}
 
     def _observe_tokens(self, x: Tensor, mask: Tensor | None) -> None:
@@ -123,7 +124,7 @@ class IndependentKvHeadContributionHook(
         # The slice, both halves of its product, and room for a library's own copies.
         step = max(1, reductions.bound(CHUNK_BYTES, x.device) // (6 * self._group_width * dtype.itemsize))
         for start in range(0, len(x), step):
-            tokens = x[start : start + step].view(-1, len(self._weight_norm), self._group_width)
+            tokens = x[start : start + step].view(-1, len(self._factors), self._group_width)
             norms = torch.stack([self._norms(tokens[:, head], head) for head in range(tokens.shape[1])], dim=-1)
             if mask is not None:
                 norms.masked_fill_(~mask[start : start + step, None], 0)

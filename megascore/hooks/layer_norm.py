@@ -50,9 +50,10 @@ class LayerNormContributionHook(
         self._begin_call(output, token_mask)
         self._state["sum_of_abs"] += reductions.abs_sum(output, token_mask)
 
-    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+    @classmethod
+    def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [C] (the mean times ``num_calls``) and ``channels_importance_ascending`` [C] int64."""
-        self._require_data(state)
+        cls._require_data(state)
         score = state["sum_of_abs"] / state["num_tokens"] * num_calls
         return {"score": score, "channels_importance_ascending": torch.argsort(score, stable=True)}
 

@@ -31,15 +31,16 @@ WEIGHT_TOLERANCE = 1e-5
 class WeightHook(ForwardHook):
     """A hook whose score depends on weights: their norms are in its state, and a state of other weights is refused."""
 
-    def __init__(self, weight_norm: Tensor) -> None:
+    def __init__(self, weight_norm: Tensor | None) -> None:
         """Allocate the accumulators, on the device of the weights.
 
         Args:
-            weight_norm: [num_channels] norm of the weights that belong to each channel.
+            weight_norm: [num_channels] norm of the weights that belong to each channel; None for a score without any.
         """
         super().__init__()
-        self._weight_norm = weight_norm.double()
-        self.allocate(len(weight_norm), weight_norm.device)
+        self._weight_norm = None if weight_norm is None else weight_norm.double()
+        if weight_norm is not None:
+            self.allocate(len(weight_norm), weight_norm.device)
 
     @classmethod
     def at(cls, module: nn.Module, num_units: int, options: Mapping[str, Any]) -> Self:
@@ -48,21 +49,25 @@ class WeightHook(ForwardHook):
         return cls(layer)
 
     def declare(self, num_channels: int) -> tuple[Statistic, ...]:
-        """Return the statistic of the weights; subclasses add their own."""
+        """Return the statistic of the weights, where there are any; subclasses add their own."""
+        if self._weight_norm is None:
+            return ()
         return (Statistic("weight_norm", (num_channels,), merge=Merge.REPLICATED, channel_dim=0),)
 
     def kept(self) -> tuple[Tensor, ...]:
         """Return the statistics, and the norms of the weights as they are here."""
-        return (*super().kept(), self._weight_norm)
+        return super().kept() if self._weight_norm is None else (*super().kept(), self._weight_norm)
 
     def allocate(self, num_channels: int, device: torch.device | str) -> None:
         """Allocate as every hook does; the norms of the weights are there from the start."""
         fresh = not self._state
         super().allocate(num_channels, device)
-        if fresh:
+        if fresh and self._weight_norm is not None:
             self._state["weight_norm"].copy_(self._weight_norm)
 
     def _weights_differences(self, saved: State) -> list[str]:
+        if self._weight_norm is None:
+            return []
         statistic = next(s for s in self.declare(len(saved["weight_norm"])) if s.name == "weight_norm")
         theirs = self._local_part(statistic, saved["weight_norm"]).to(self._weight_norm.device)
         other = ~torch.isclose(theirs, self._weight_norm, rtol=WEIGHT_TOLERANCE, atol=0)

@@ -38,13 +38,14 @@ class LossWithoutHook(
         """Return the nats that come on top without the layer, and the predicted tokens; ``num_channels`` is 1."""
         return (Statistic("nats_added", (num_channels,)), Statistic("num_predicted", (), torch.int64))
 
-    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+    @classmethod
+    def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [1]; ``num_calls`` has no part in it.
 
         Raises:
             HookStateError: no token was predicted.
         """
-        self._require_data(state)
+        cls._require_data(state)
         if not int(state["num_predicted"]):
             raise HookStateError(
                 "layers/loss_without: no token was predicted, as each document is one token: there is no loss. Give "
@@ -76,8 +77,9 @@ class OutputErrorHook(
         """Return the sums of both squares; ``num_channels`` is 1, the layer itself."""
         return (Statistic("squared_error", (num_channels,)), Statistic("squared_norm", (num_channels,)))
 
-    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+    @classmethod
+    def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [1]; ``num_calls`` has no part in it. Final hidden states of zeros give no error: 0."""
-        self._require_data(state)
+        cls._require_data(state)
         tiny = torch.finfo(torch.float64).tiny
         return {"score": state["squared_error"] / state["squared_norm"].clamp(min=tiny)}

@@ -20,11 +20,12 @@ from megascore.parallel.merge import Plan
 from megascore.resume.snapshot import Snapshot
 from megascore.runs.results import Results
 from megascore.runs.scoring_run import ScoringRun
-from megascore.sites.site import SCORE, groups_of
+from megascore.sites.site import REPLICATES, SCORE, groups_of
 
 __all__ = ["DoneBlocks", "check_done"]
 
-_SCORE = "score/"
+_SAVED = ("score", "replicates")
+"""What of a block's results is saved beside its statistics, and called so."""
 
 
 class DoneBlocks:
@@ -38,9 +39,10 @@ class DoneBlocks:
         if snapshot is not None:
             self.num_blocks = snapshot.cursor["block"]
             self.results.states.update({key: dict(state) for key, state in snapshot.states.items()})
-            self.results.scores.update(
-                {name.removeprefix(_SCORE): value for name, value in snapshot.sums.items() if name.startswith(_SCORE)}
-            )
+            for kind, values in self._saved().items():
+                prefix = f"{kind}/"
+                found = {name: value for name, value in snapshot.sums.items() if name.startswith(prefix)}
+                values.update({name.removeprefix(prefix): value for name, value in found.items()})
 
     def add(self, results: Results) -> None:
         """Take over the results of the next block."""
@@ -58,7 +60,10 @@ class DoneBlocks:
 
     def merged_scores(self) -> dict[str, Tensor]:
         """Return the scores of these blocks, under names that a checkpoint can hold beside other sums."""
-        return {f"{_SCORE}{key}": score for key, score in self.results.scores.items()}
+        return {f"{kind}/{key}": value for kind, values in self._saved().items() for key, value in values.items()}
+
+    def _saved(self) -> dict[str, dict[str, Tensor]]:
+        return dict(zip(_SAVED, (self.results.scores, self.results.replicates), strict=True))
 
 
 def check_done(done: DoneBlocks, order: LayerOrder, parts: ModelParts, device: torch.device) -> None:
@@ -120,7 +125,10 @@ def _check_number(num_blocks: int, num_layers: int) -> None:
 
 def _check_results(done: DoneBlocks, statistics: Plan, scores: Plan) -> None:
     found = _differences("saved state", statistics, done.results.states)
-    found += _differences("saved score", scores, {key: {SCORE: own} for key, own in done.results.scores.items()})
+    saved = {key: {SCORE: own} for key, own in done.results.scores.items()}
+    for key, own in done.results.replicates.items():
+        saved.setdefault(key, {})[REPLICATES] = own
+    found += _differences("saved score", scores, saved)
     if found:
         raise CheckpointError(
             f"the saved results of {done.num_blocks} blocks are not of this run: {'; '.join(found)}. Go on with "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from megascore.mcore.sites.view import MegatronModelView
 from megascore.parallel.comm import agree
 from megascore.runs.scoring_run import ScoringRun
 from megascore.runs.steps import Cursor, run_steps
+from megascore.runs.until import Until
 from megascore.scores.score_file import Scores
 
 __all__ = ["run_full_pass"]
@@ -32,27 +33,36 @@ def run_full_pass(inputs: JobInputs, watch: Watch) -> Scores:
         Preempted: a signal came, and everything is saved.
     """
     chunks = agree("loading the model", lambda: load_chunks(inputs))
+    until = Until(inputs.until)
     with ScoringRun(MegatronModelView(chunks), inputs.requests, inputs.metadata) as run:
         loss = LossTotal(inputs.form.device)
         if watch.snapshot is not None:
             run.restore(watch.snapshot.states, watch.snapshot.step)
             loss.restore(watch.snapshot.sums["loss"])
         watch.begin(inputs.total_steps)
-        _run_data(inputs, chunks, run, loss, watch)
+        _run_data(inputs, chunks, run, loss, watch, until)
         mean_loss = loss.mean() if inputs.computes_loss else None
-    return run.finish({"loss": mean_loss})
+    return run.finish({"loss": mean_loss, **until.facts()}, keep_statistics=inputs.keep_statistics)
 
 
-def _run_data(inputs: JobInputs, chunks: Sequence[nn.Module], run: ScoringRun, loss: LossTotal, watch: Watch) -> None:
+def _run_data(
+    inputs: JobInputs, chunks: Sequence[nn.Module], run: ScoringRun, loss: LossTotal, watch: Watch, until: Until
+) -> None:
     """Run the steps that are left, with what happens between them."""
     samples, share, total = inputs.samples, inputs.share, inputs.total_steps
     device, start = inputs.form.device, run.num_steps
     without_layers = WithoutLayers.of(chunks, run)
 
-    def between(step: int) -> None:
+    def steps() -> Iterator[int]:
+        for step in range(start, total):
+            if until.is_reached(run):
+                return
+            yield step
+
+    def between(step: int, *, is_last: bool = False) -> None:
         tokens = samples.num_tokens(slice(share.samples(step).start))
         cursor = Cursor(step, None, chunks)
-        watch.between(cursor, tokens, run, {"step": step}, loss.sums, is_last=step == total)
+        watch.between(cursor, tokens, run, {"step": step}, loss.sums, is_last=is_last)
 
     def run_step(step: int) -> None:
         slices = share.micro_batches(step, samples.num_samples)
@@ -68,5 +78,6 @@ def _run_data(inputs: JobInputs, chunks: Sequence[nn.Module], run: ScoringRun, l
         def count(step: int) -> None:
             progress.advance(samples.num_tokens(share.samples(step)))
 
-        run_steps(range(start, total), run_step, [run], before=between, after=count)
-        between(total)
+        run_steps(steps(), run_step, [run], before=between, after=count)
+        between(run.num_steps, is_last=True)
+    until.tell(run.num_steps, total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class JobInputs:
     """What the results depend on; the layout, the sizes of micro-batches and paths are not part of it."""
     metadata: dict[str, Any]
     """What the score file says of the job."""
+    until: Mapping[str, float] | None = None
+    """What ends the run before all steps are done."""
+    keep_statistics: bool = True
+    """Whether the score file has them."""
 
 
 def check_job(config: JobConfig) -> ModelSource:
@@ -155,6 +159,7 @@ def read_inputs(config: JobConfig, source: ModelSource, form: ModelForm) -> JobI
             "loss": config.run.loss,
             # Both ways give the same scores, but neither can go on from the other's checkpoints.
             "blockwise": config.run.blockwise,
+            **({} if config.run.until is None else {"until": dict(config.run.until)}),
         },
     )
     metadata = {
@@ -164,7 +169,19 @@ def read_inputs(config: JobConfig, source: ModelSource, form: ModelForm) -> JobI
         "data_fingerprint": samples.fingerprint,
         "data": _facts_of_data(config.data, config.run.seed),
     }
-    return JobInputs(source, form, requests, samples, share, total_steps, config.run.loss, identity, metadata)
+    return JobInputs(
+        source,
+        form,
+        requests,
+        samples,
+        share,
+        total_steps,
+        config.run.loss,
+        identity,
+        metadata,
+        config.run.until,
+        config.run.keep_statistics,
+    )
 
 
 def load_chunks(inputs: JobInputs) -> list[Any]:

@@ -62,7 +62,16 @@ def run_layer_by_layer(inputs: JobInputs, watch: Watch, make_store: Callable[[],
         store.close()
     metadata = {**inputs.metadata, "loss": loss.mean() if inputs.computes_loss else None}
     blockwise = {"cache_block_outputs": True, "num_blocks": order.num_layers}
-    return conclude(done.results, view, requests, inputs.total_steps, metadata, not_scored, blockwise)
+    return conclude(
+        done.results,
+        view,
+        requests,
+        inputs.total_steps,
+        metadata,
+        not_scored,
+        blockwise,
+        keep_statistics=inputs.keep_statistics,
+    )
 
 
 class _LayerLoop:

@@ -228,17 +228,17 @@ def group_ranks(plans: Sequence[RankPlan]) -> tuple[RankGroup, ...]:
 
 
 def _line(site: Site, num_samples: int) -> SiteLine:
-    shard = site.place.placement.shard
-    merged = (*site.statistics, site.score_statistic)
+    placement = site.hook.placement
+    merged = (*site.statistics, *site.score_statistics * len(site.requests))
     waiting, of_sample = (site.hook.pending_numbers(number) * FLOAT64_BYTES for number in (num_samples, 1))
     # The same numbers go to one all-reduce for each axis.
     num_groups = len(site.hook.settling_groups)
     return SiteLine(
         site.key,
-        shard.total,
-        describe(site.place.placement),
-        shard.length,
-        kept_bytes=sum({id(tensor): tensor.nbytes for tensor in site.hook.kept()}.values()),
+        placement.shard.total,
+        describe(placement),
+        placement.shard.length,
+        kept_bytes=site.kept_bytes(),
         waiting_bytes=waiting,
         step_bytes=waiting * num_groups,
         sample_bytes=of_sample * num_groups,

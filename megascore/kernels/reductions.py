@@ -17,7 +17,8 @@ Shape letters: S sequence, B samples, T tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from itertools import pairwise
 
 import torch
@@ -28,12 +29,14 @@ from megascore.kernels.exact import unrounded
 from megascore.kernels.workspace import Workspace
 
 __all__ = [
+    "Moment",
     "abs_sum",
-    "abs_sum_of_samples",
     "accumulation_dtype",
     "bound",
     "chunks",
     "column_norms",
+    "moments",
+    "moments_of_samples",
     "num_tokens",
     "rows_at_once",
     "samples_at_once",
@@ -52,6 +55,14 @@ MIN_ROWS_AT_ONCE = 16
 """Rows that the scratch should hold where there is a choice: fewer cost more in calls than they save."""
 INDEX_BYTES = 1 << 21
 """Room for indices of columns."""
+
+
+class Moment(Enum):
+    """What is added up over tokens, of each number ``x``."""
+
+    ABS = "abs(x)"
+    VALUE = "x"
+    SQUARE = "x ** 2"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -117,39 +128,47 @@ def token_views(
 
 
 def abs_sum(x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """Return the sum over all tokens of ``abs(x)``.
+    """Return the sum over all tokens of ``abs(x)``, [C] float64; see `moments`."""
+    return moments(x, token_mask, (Moment.ABS,))[0]
+
+
+def moments(x: Tensor, token_mask: Tensor | None, kinds: Sequence[Moment]) -> list[Tensor]:
+    """Return sums over all tokens of ``abs(x)``, ``x`` or ``x ** 2``, from one pass over the activation on a CPU.
 
     Args:
         x: [..., C], any float dtype, any strides.
         token_mask: bool, shape of ``x`` without channels; tokens where it is False add nothing, whatever they hold.
+        kinds: What is added up.
 
     Returns:
-        [C] float64.
+        For each kind [C] float64.
     """
     if token_mask is None and x.is_contiguous():
         # What `token_views` finds, too, but this is where a call's time goes.
-        return _column_sums(x.view(x.shape[:-1].numel(), x.shape[-1]), None, _fill_abs)
-    total = x.new_zeros(x.shape[-1], dtype=torch.float64)
+        return _column_sums(x.view(x.shape[:-1].numel(), x.shape[-1]), None, kinds)
+    totals = [x.new_zeros(x.shape[-1], dtype=torch.float64) for _ in kinds]
     for (tokens,), mask in token_views([x], token_mask):
-        total += _column_sums(tokens, mask, _fill_abs)
-    return total
+        for total, sums in zip(totals, _column_sums(tokens, mask, kinds), strict=True):
+            total += sums
+    return totals
 
 
-def abs_sum_of_samples(x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """Return the sum over the sequence of ``abs(x)`` for each sample.
+def moments_of_samples(x: Tensor, token_mask: Tensor | None, kinds: Sequence[Moment]) -> list[Tensor]:
+    """Return sums over the sequence of ``abs(x)``, ``x`` or ``x ** 2`` for each sample.
 
     Args:
         x: [S, B, C], any float dtype, any strides.
         token_mask: bool [S, B]; tokens where it is False add nothing, whatever they hold.
+        kinds: What is added up.
 
     Returns:
-        [B, C] float64.
+        For each kind [B, C] float64.
     """
-    return _column_sums(x, token_mask, _fill_abs)
+    return _column_sums(x, token_mask, kinds)
 
 
 def samples_at_once(x: Tensor) -> int:
-    """Return how many samples of ``x`` [S, B, C] to give to `abs_sum_of_samples` together: fast, in bounded memory."""
+    """Return how many samples of ``x`` [S, B, C] to give to `moments_of_samples` together: fast, in bounded memory."""
     num_channels = x.shape[-1]
     if x.device.type != "cpu":
         # There the sums are the only temporaries.
@@ -183,7 +202,7 @@ def take_columns(matrix: Tensor, columns: Tensor, out: Tensor) -> Tensor:
 def column_norms(weight: Tensor) -> Tensor:
     """Return the Euclidean norm of each column of ``weight`` [E, C]: [C] float64."""
     with unrounded(weight.device):
-        return _column_sums(weight.detach(), None, _fill_square).sqrt()
+        return _column_sums(weight.detach(), None, (Moment.SQUARE,))[0].sqrt()
 
 
 def _leading_dims_merge(x: Tensor) -> bool:
@@ -199,32 +218,56 @@ def _fill_abs(scratch: Tensor, x: Tensor) -> None:
         scratch.copy_(x).abs_()
 
 
+def _fill_value(scratch: Tensor, x: Tensor) -> None:
+    scratch.copy_(x)
+
+
 def _fill_square(scratch: Tensor, x: Tensor) -> None:
-    scratch.copy_(x).square_()
+    if x.dtype == scratch.dtype:
+        torch.mul(x, x, out=scratch)
+    else:
+        scratch.copy_(x).square_()
 
 
-def _column_sums(x: Tensor, token_mask: Tensor | None, fill: Callable[[Tensor, Tensor], None]) -> Tensor:
-    """Return the sum over the first dimension of ``x`` [T, ...] as ``fill`` transforms it: [...] float64."""
+_FILL: Mapping[Moment, Callable[[Tensor, Tensor], None]] = {
+    Moment.ABS: _fill_abs,
+    Moment.VALUE: _fill_value,
+    Moment.SQUARE: _fill_square,
+}
+
+
+def _column_sums(x: Tensor, token_mask: Tensor | None, kinds: Sequence[Moment]) -> list[Tensor]:
+    """Return sums over the first dimension of ``x`` [T, ...], for each kind [...] float64."""
     dtype = accumulation_dtype(x.dtype)
-    if x.device.type != "cpu" and token_mask is None and fill is _fill_abs:
-        norms: Tensor = torch.linalg.vector_norm(x, 1, dim=0, dtype=dtype)
-        return norms.double()
     length, rest = x.shape[0], x.shape[1:]
     if x.numel() == 0:
-        return x.new_zeros(rest, dtype=torch.float64)
+        return [x.new_zeros(rest, dtype=torch.float64) for _ in kinds]
+    if x.device.type != "cpu" and token_mask is None:
+        return [_fused_sum(x, kind, dtype) for kind in kinds]
     width = rest.numel()
     step = min(length, rows_at_once(width * dtype.itemsize, x.device))
     with Workspace(x.device) as workspace:
-        total = ColumnSum(width, dtype, x.device, workspace)
         filled = scratch = workspace.empty((step, *rest), dtype)
-        add = total.adder(scratch.view(step, width))
+        totals = [ColumnSum(width, dtype, x.device, workspace) for _ in kinds]
+        adders = [total.adder(scratch.view(step, width)) for total in totals]
         for start in range(0, length, step):
             rows = x[start : start + step]
             if start + step > length:
                 scratch[len(rows) :].zero_()
                 filled = scratch[: len(rows)]
-            fill(filled, rows)
-            if token_mask is not None:
-                filled.masked_fill_(~token_mask[start : start + step].unsqueeze(-1), 0)
-            add()
-        return total.result().view(rest)
+            for kind, add in zip(kinds, adders, strict=True):
+                # After the first kind the rows are in the cache.
+                _FILL[kind](filled, rows)
+                if token_mask is not None:
+                    filled.masked_fill_(~token_mask[start : start + step].unsqueeze(-1), 0)
+                add()
+        return [total.result().view(rest) for total in totals]
+
+
+def _fused_sum(x: Tensor, kind: Moment, dtype: torch.dtype) -> Tensor:
+    """Return the sum over the first dimension in one kernel that reads ``x`` once and needs no scratch."""
+    if kind is Moment.VALUE:
+        return x.sum(0, dtype=dtype).double()
+    order = 1 if kind is Moment.ABS else 2
+    norms: Tensor = torch.linalg.vector_norm(x, order, dim=0, dtype=dtype)
+    return norms.double() if kind is Moment.ABS else norms.double().square_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -84,6 +84,20 @@ class Placement:
             raise LayoutError(
                 f"this rank has {self.shard.length} of {self.shard.total} channels, but no axis splits channels here."
             )
+
+    def by_units(self, size: int) -> Placement:
+        """Return the placement of units of ``size`` channels that follow one another, such as heads.
+
+        Raises:
+            LayoutError: a unit is spread over ranks.
+        """
+        shard = self.shard
+        if any(number % size for number in (shard.offset, shard.length, shard.total)):
+            raise LayoutError(
+                f"channels {shard.offset} to {shard.offset + shard.length} of {shard.total} are no whole heads of "
+                f"{size}: take a tensor-parallel size that divides the heads."
+            )
+        return replace(self, shard=Shard(shard.offset // size, shard.length // size, shard.total // size))
 
     def axes(self, role: Role) -> tuple[Axis, ...]:
         """Return the axes larger than 1 that play ``role`` here."""

@@ -42,6 +42,17 @@ class PlacedHook(ForwardHook):
         self.allocate(placement.shard.length, device)
 
     @property
+    def placement(self) -> Placement:
+        """Where this hook was put."""
+        assert self._placement is not None, f"{type(self).__name__} was put nowhere"
+        return self._placement
+
+    @property
+    def total_channels(self) -> int:
+        """Channels of the place on all ranks."""
+        return self.placement.shard.total
+
+    @property
     def settling_groups(self) -> Mapping[str, dist.ProcessGroup]:
         """Groups over which `pending` is added, by axis: those whose ranks hold other parts of the same samples."""
         if self._placement is None:

@@ -18,6 +18,7 @@ from megascore.plans.sizes import resolve_sizes, sizes_of_parent
 from megascore.plans.units import Units
 from megascore.plans.warnings import warnings_of
 from megascore.scores.score_file import Scores, load_scores
+from megascore.scores.uncertainty import overlaps
 
 __all__ = ["Plan", "PlanRules", "ScoresUsed", "make_plan", "plan", "plan_for"]
 
@@ -52,6 +53,8 @@ class ScoresUsed:
     """Of its bytes."""
     methods: Mapping[str, str] = field(default_factory=dict)
     """What ranked each target."""
+    overlaps: Mapping[str, float] = field(default_factory=dict)
+    """Expected part of the lowest quarter of each target that another such run would agree on, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def plan_for(found: Scores, path: str, parent: Parent, request: PlanRequest) -> 
         )
     orders = ScoreOrders(found, request.methods)
     units = choose_units(config, sizes, orders)
+    orders.check_kept("layers", sizes["layers"])
     if request.per_layer:
         units = _spread(parent, request, units, orders)
     after = model_size(config, units, parent.bytes_per_value)
@@ -143,7 +147,7 @@ def plan_for(found: Scores, path: str, parent: Parent, request: PlanRequest) -> 
         model=str(parent.folder),
         model_type=config.architecture.model_type,
         weights_fingerprint=parent.fingerprint,
-        scores=ScoresUsed(path, found.fingerprint(), dict(orders.methods)),
+        scores=ScoresUsed(path, found.fingerprint(), dict(orders.methods), _overlaps(found, orders.methods)),
         rules=PlanRules(dict(request.multiples), request.tensor_parallel, request.expert_parallel, request.per_layer),
         sizes_before=before,
         sizes_after=sizes,
@@ -156,6 +160,12 @@ def plan_for(found: Scores, path: str, parent: Parent, request: PlanRequest) -> 
             *([WHO_LOADS_PER_LAYER] if request.per_layer else []),
         ),
     )
+
+
+def _overlaps(found: Scores, methods: Mapping[str, str]) -> dict[str, float]:
+    known = overlaps(found.uncertainty)
+    names = {target: f"{target}/{method}" for target, method in methods.items()}
+    return {target: round(known[name], 4) for target, name in names.items() if name in known}
 
 
 def _spread(parent: Parent, request: PlanRequest, units: Units, orders: ScoreOrders) -> Units:

@@ -43,7 +43,12 @@ def as_document(plan: Plan) -> dict[str, Any]:
     return {
         "megascore_plan": VERSION,
         "model": {"path": plan.model, "type": plan.model_type, "weights_fingerprint": plan.weights_fingerprint},
-        "scores": {"path": plan.scores.path, "sha256": plan.scores.sha256, "methods": dict(plan.scores.methods)},
+        "scores": {
+            "path": plan.scores.path,
+            "sha256": plan.scores.sha256,
+            "methods": dict(plan.scores.methods),
+            "overlaps": dict(plan.scores.overlaps),
+        },
         "rules": {**vars(plan.rules), "multiple_of": dict(plan.rules.multiple_of)},
         "sizes": {
             target: {"before": before, "after": plan.sizes_after[target]}

@@ -12,6 +12,7 @@ from megascore.plans.sizes import sizes_of_parent
 from megascore.plans.units import Units
 from megascore.scores.assemble import layer_of
 from megascore.scores.score_file import Scores, split_key
+from megascore.scores.uncertainty import overlaps
 from megascore.weights.huggingface.config import HuggingFaceModelConfig
 
 __all__ = ["warnings_of"]
@@ -21,6 +22,9 @@ LITTLE_SPREAD = 1.5
 FEW_EXPERTS = 64
 """Of so many experts or fewer a quarter has been seen to cost most of a model's ability (Moonlight, 64 experts:
 gsm8k 0.83 to 0.66), where of 128 it costs little (llm-compressor's table of REAP)."""
+
+SURE = 0.8
+"""Expected overlap of two runs below which a person should know of it."""
 
 
 def warnings_of(
@@ -44,16 +48,29 @@ def warnings_of(
             f"the model has {before['experts']} experts in a layer: with few experts each is needed more, whatever the "
             "size of the model. Evaluate before you train."
         )
-    return warnings + _unreached_warnings(units, orders)
+    return warnings + _unsure_warnings(scores, cut, orders) + _unreached_warnings(units, orders)
+
+
+def _unsure_warnings(scores: Scores, cut: list[str], orders: ScoreOrders) -> list[str]:
+    known = overlaps(scores.uncertainty)
+    found = {target: known.get(f"{target}/{orders.methods[target]}") for target in cut if target in orders.methods}
+    return [
+        f"{target}: another run on as much text is expected to agree on {100 * part:.0f} % of the lowest quarter only. "
+        "Score more tokens to be surer ('megascore show' says how many)."
+        for target, part in found.items()
+        if part is not None and part < SURE
+    ]
 
 
 def _spread_warning(scores: Scores, target: str, method: str) -> str | None:
-    vectors = [scores[key] for key in scores if key.endswith(f"/{target}/{method}")]
+    keys = [key for key in scores if key.endswith(f"/{target}/{method}")]
     if target == "hidden_size":
-        vectors = [scores[f"decoder/{target}/{method}"]]
+        keys = [f"decoder/{target}/{method}"]
     ratios = []
-    for vector in vectors:
-        measured = vector[vector >= 0]
+    for key in keys:
+        seen = torch.ones(len(scores[key]), dtype=torch.bool)
+        seen[list(scores.unseen.get(key, []))] = False
+        measured = scores[key][seen]
         if len(measured) > 1:
             low, high = torch.quantile(measured, torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
             ratios.append(high / low if low > 0 else float("inf"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megascore.errors import ModelError
 from megascore.parallel.comm import gather_objects, max_over_world, world_rank, world_size
+from megascore.scores.score_file import split_key
 from megascore.sites.site import Site
 
 __all__ = ["check_finite"]
@@ -47,7 +48,8 @@ def _first(sites: Sequence[Site], order: Sequence[str]) -> tuple[float, int, str
     layer = re.match(r"decoder\.layers\.(\d+)", first.place.name)
     # Outside of the layers is what stands behind them, but for embeddings.
     last = -1.0 if first.place.name.startswith("embedding") else float("inf")
-    score = f"{first.request.target}/{first.request.method}"
+    _, target, method = split_key(first.key)
+    score = f"{target}/{method}"
     return float(layer[1]) if layer else last, world_rank(), first.place.name, score
 
 

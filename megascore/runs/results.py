@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megascore.errors import HookStateError
 from megascore.parallel.comm import world_rank
-from megascore.scores.assemble import assemble_scores
+from megascore.scores.assemble import Found, assemble_scores
 from megascore.scores.score_file import Scores, split_key
 from megascore.sites.places import ModelView
 from megascore.sites.requests import ScoreRequest
@@ -25,11 +25,13 @@ class Results:
     """Merged results of sites, by their keys: the same on every rank."""
 
     states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Statistics, on the CPU."""
+    """Statistics, with those of groups of steps, on the CPU; by the keys of sites."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """Finished scores [units] float64, on the CPU; zeros where no token was seen."""
+    """Finished scores [units] float64, on the CPU; zeros where no token was seen. By the keys of the score file."""
     groups: dict[str, int] = field(default_factory=dict)
     """In how many groups the units of a site compete; sites of which all units compete are left out."""
+    replicates: dict[str, Tensor] = field(default_factory=dict)
+    """Scores without each group of steps in turn, [groups, units] float64, on the CPU; zeros where a group saw none."""
     num_passes: dict[str, int] = field(default_factory=dict)
     """How often a site has seen all data; once where nothing is said."""
 
@@ -38,6 +40,7 @@ class Results:
         self.states.update(others.states)
         self.scores.update(others.scores)
         self.groups.update(others.groups)
+        self.replicates.update(others.replicates)
         self.num_passes.update({key: num_passes * others.num_passes.get(key, 1) for key in others.states})
 
     def counts(self, name: str) -> dict[str, int]:
@@ -60,6 +63,8 @@ def conclude(
     metadata: Mapping[str, Any],
     not_scored: Mapping[str, str],
     blockwise: Mapping[str, Any] | None = None,
+    *,
+    keep_statistics: bool = True,
 ) -> Scores:
     """Return the content of the score file of a run, however it went over the data. Not collective.
 
@@ -71,6 +76,7 @@ def conclude(
         metadata: Entries to add, such as fingerprints.
         not_scored: What of the model no score is of, and what it is.
         blockwise: How blocks were run one at a time; None for a full pass.
+        keep_statistics: Whether the file has the statistics, too.
 
     Raises:
         HookStateError: no tokens have been seen.
@@ -90,7 +96,8 @@ def conclude(
         own["blockwise"] = dict(blockwise)
     if max(results.num_passes.values(), default=1) > 1:
         own.update({name: max(results.counts(name).values(), default=0) for name in ("num_tokens", "num_samples")})
-    return assemble_scores(requests, dict(sorted(results.states.items())), results.scores, own, results.groups)
+    found = Found(dict(sorted(results.states.items())), results.scores, results.groups, results.replicates)
+    return assemble_scores(requests, found, own, keeps_statistics=keep_statistics)
 
 
 def _require_data(results: Results) -> None:

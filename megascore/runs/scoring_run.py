@@ -25,6 +25,7 @@ from megascore.scores.score_file import Scores
 from megascore.sites.places import ModelView
 from megascore.sites.requests import ScoreRequest
 from megascore.sites.site import (
+    REPLICATES,
     SCORE,
     Site,
     build_sites,
@@ -34,6 +35,7 @@ from megascore.sites.site import (
     plan_of_states,
     present_requests,
 )
+from megascore.sites.step_groups import StepGroups, group_of_step
 
 __all__ = ["ScoringRun"]
 
@@ -173,6 +175,7 @@ class ScoringRun(Closing):
         """
         self._settle()
         check_finite(self.sites, list(self._order), self.num_steps)
+        self._fold()
         self.num_steps += 1
 
     def merged_states(self) -> dict[str, dict[str, Tensor]]:
@@ -182,6 +185,7 @@ class ScoringRun(Closing):
         are not changed.
         """
         self._settle()
+        self._fold()
         merged = merge_over_world(self._plan, {site.key: site.part() for site in self.sites}, self._device())
         return {key: {name: value.cpu() for name, value in state.items()} for key, state in merged.items()}
 
@@ -209,7 +213,7 @@ class ScoringRun(Closing):
         if missing or foreign or other:
             raise CheckpointError(f"the saved state is not of this run: {'; '.join([*missing, *foreign, *other])}.")
 
-    def finish(self, metadata: Mapping[str, Any] | None = None) -> Scores:
+    def finish(self, metadata: Mapping[str, Any] | None = None, *, keep_statistics: bool = True) -> Scores:
         """Merge the statistics of all ranks, and return the same scores on every one.
 
         Collective over the world: two all-reduces. The accumulators are not changed, so a run can go on afterwards
@@ -217,13 +221,22 @@ class ScoringRun(Closing):
 
         Args:
             metadata: Further entries for the score file, known only now, such as the loss.
+            keep_statistics: Whether the file has what the scores were computed from, to be scored again and merged.
 
         Raises:
             HookStateError: no tokens have been seen, or iterations of an iterative score are missing.
             RankFailure: another rank could not compute its scores.
         """
         own = {**self._metadata, **(metadata or {})}
-        return conclude(self.results(), self.view, self.requests, self.num_steps, own, self._not_scored)
+        return conclude(
+            self.results(),
+            self.view,
+            self.requests,
+            self.num_steps,
+            own,
+            self._not_scored,
+            keep_statistics=keep_statistics,
+        )
 
     def results(self) -> Results:
         """Merge the statistics of all ranks, and return what `finish` makes a score file of.
@@ -239,17 +252,26 @@ class ScoringRun(Closing):
         own = agree("computing the scores", lambda: self._own_scores(states, device))
         scores = merge_over_world(self._score_plan, own, device)
         finished = {key: result[SCORE].cpu() for key, result in scores.items()}
-        return Results(states, finished, groups_of(self._score_plan))
+        replicates = {key: result[REPLICATES].cpu() for key, result in scores.items() if REPLICATES in result}
+        return Results(states, finished, groups_of(self._score_plan), replicates)
 
     def _own_scores(self, states: Mapping[str, State], device: torch.device) -> dict[str, Part]:
         """Return the finished scores of this rank's sites, as something to merge; none where no token was seen."""
         return {
-            site.key: Part(
-                site.place.placement, (site.score_statistic,), {SCORE: site.score(states[site.key]).to(device)}
+            key: Part(
+                site.hook.placement,
+                site.score_statistics,
+                {name: value.to(device) for name, value in found.items()},
             )
             for site in self.sites
             if int(states[site.key]["num_tokens"])
+            for key, found in site.scores(states[site.key]).items()
         }
+
+    def _fold(self) -> None:
+        """Add what has come since the last time to the statistics of the group of this step."""
+        of_hooks = [(site.groups, site.hook.state) for site in self.sites if site.groups is not None]
+        StepGroups.fold(of_hooks, group_of_step(self.num_steps))
 
     def _settle(self) -> None:
         hooks = [site.hook for site in self.sites if isinstance(site.hook, PlacedHook) and site.hook.defers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from megascore.scores.assemble import MODEL_SITE
 from megascore.scores.charts import Bar, Histogram, IndexList, format_ranges
 from megascore.scores.ranking import Ranking, rankings
 from megascore.scores.score_file import Scores
+from megascore.scores.uncertainty import Uncertainty
 from megascore.sites.inventory import grouped
 from megascore.sites.targets import TARGETS, WholeModel
 
 __all__ = ["format_layout", "format_percent", "new_table", "render_scores", "titled"]
+
+WANTED_OVERLAPS = (0.9, 0.95, 0.98, 0.99)
+"""Of which the first that a run does not have is told with the tokens that it takes."""
 
 
 def render_scores(scores: Scores, fraction: float = 0.25) -> RenderableType:
@@ -40,11 +45,11 @@ def render_scores(scores: Scores, fraction: float = 0.25) -> RenderableType:
         by_section.setdefault((ranking.target, ranking.method), []).append(ranking)
     parts: list[RenderableType] = [_header(scores.metadata)]
     for (target, _), section in by_section.items():
-        parts.append(
-            _layer_chart(section[0], fraction)
-            if TARGETS[target].whole_model is WholeModel.STACK
-            else _site_table(section, fraction)
-        )
+        sure = _how_sure({ranking.site: scores.uncertainty.get(ranking.key) for ranking in section})
+        if TARGETS[target].whole_model is WholeModel.STACK:
+            parts.append(_layer_chart(section[0], fraction, scores.uncertainty.get(section[0].key), sure))
+        else:
+            parts.append(_site_table(section, fraction, sure))
     if by_section:
         parts.append(_legend())
     if scores.unseen:
@@ -55,9 +60,9 @@ def render_scores(scores: Scores, fraction: float = 0.25) -> RenderableType:
     return Group(*parts)
 
 
-def titled(title: str, table: Table) -> RenderableType:
-    """Return a table under its title, which may be wider than the table."""
-    return Group(Text(title, style="bold"), table)
+def titled(title: str, table: Table, below: str = "") -> RenderableType:
+    """Return a table under its title, which may be wider than the table, and a line below that."""
+    return Group(Text(title, style="bold"), *([Text(below, style="dim")] if below else []), table)
 
 
 def new_table() -> Table:
@@ -113,7 +118,25 @@ def _header(metadata: dict[str, Any]) -> RenderableType:
     return Panel(grid, title="megascore", title_align="left", expand=False)
 
 
-def _site_table(section: Sequence[Ranking], fraction: float) -> RenderableType:
+def _how_sure(found: Mapping[str, Uncertainty | None]) -> str:
+    """Return a line that says how much of the lowest quarter two such runs would share, by what is known of sites."""
+    known = {site: own for site, own in found.items() if own is not None and own.overlap is not None}
+    if not known:
+        return ""
+    worst = min(known, key=lambda site: known[site].overlap or 0.0)
+    overlaps = [own.overlap or 0.0 for own in known.values()]
+    mean = sum(overlaps) / len(overlaps)
+    text = f"two such runs would share {100 * mean:.0f} % of the lowest quarter"
+    if len(known) > 1:
+        [label] = _site_labels([worst])
+        text += f" ({100 * min(overlaps):.0f} % in layer {label})" if label.isdigit() else ""
+    whole = next(iter(known.values()))
+    wanted = next((target for target in WANTED_OVERLAPS if mean < target), None)
+    tokens = None if wanted is None else replace(whole, overlap=mean).tokens_for(wanted)
+    return text if tokens is None or wanted is None else f"{text}; {100 * wanted:.0f} % takes about {tokens:,} tokens"
+
+
+def _site_table(section: Sequence[Ranking], fraction: float, sure: str) -> RenderableType:
     first = section[0]
     table = new_table()
     table.add_column("layer", justify="right", no_wrap=True, overflow="crop")
@@ -129,7 +152,7 @@ def _site_table(section: Sequence[Ranking], fraction: float) -> RenderableType:
         lowest = ranking.lowest(fraction)
         going = IndexList(lowest) if lowest else Text("none", style="dim")
         table.add_row(label, str(len(values)), low, median, high, _spread(values), Histogram(values), going)
-    return titled(f"{_title(first)} by {first.method}{_competition(first, fraction)}", table)
+    return titled(f"{_title(first)} by {first.method}{_competition(first, fraction)}", table, sure)
 
 
 def _competition(ranking: Ranking, fraction: float) -> str:
@@ -143,9 +166,10 @@ def _competition(ranking: Ranking, fraction: float) -> str:
     return text
 
 
-def _layer_chart(ranking: Ranking, fraction: float) -> RenderableType:
+def _layer_chart(ranking: Ranking, fraction: float, uncertainty: Uncertainty | None, sure: str) -> RenderableType:
     table = new_table()
-    for name in ("layer", "score", "place"):
+    errors = [] if uncertainty is None else uncertainty.standard_error.tolist()
+    for name in ("layer", "score", *(["error"] if errors else []), "place"):
         table.add_column(name, justify="right", no_wrap=True, overflow="crop")
     table.add_column(f"at {format_percent(fraction)}", no_wrap=True, overflow="crop")
     table.add_column("")
@@ -153,19 +177,20 @@ def _layer_chart(ranking: Ranking, fraction: float) -> RenderableType:
     places = {index: place for place, index in enumerate(order, start=1)}
     top = max(float(ranking.measured.max()), 0.0) or 1.0
     for layer, value in enumerate(ranking.values.tolist()):
+        error = [_format_score(errors[layer])] if errors else []
         if layer in ranking.unseen:
-            table.add_row(str(layer), "-", "-", "unseen", "")
+            table.add_row(str(layer), "-", *(["-"] if errors else []), "-", "unseen", "")
             continue
         mark = Text("goes", style="bold") if layer in lowest else ""
-        table.add_row(str(layer), _format_score(value), str(places[layer]), mark, Bar(max(value, 0.0) / top))
-    return titled(f"{_title(ranking)} by {ranking.method}, low = can go", table)
+        table.add_row(str(layer), _format_score(value), *error, str(places[layer]), mark, Bar(max(value, 0.0) / top))
+    return titled(f"{_title(ranking)} by {ranking.method}, low = can go", table, sure)
 
 
 def _legend() -> RenderableType:
     return Text(
         "p90/p10: score of the 90th over that of the 10th percentile; 1 = all alike, so a cut can't choose well. "
         "spread: histogram from min to max, logarithmic. n: measured entries. "
-        "first: how many would go, least important first.\n",
+        "first: how many would go, least important first. error: standard error of the score, from groups of steps.\n",
         style="dim",
     )
 

@@ -1,7 +1,8 @@
 """Scores of one run as a read-only mapping, and the one file that they are kept in.
 
-The file is a safetensors file: float64 vectors, and one JSON text under the metadata key ``megascore`` with everything
-else, including a checksum over all of it. The same content gives the same bytes, except for ``created``.
+The file is a safetensors file: float64 vectors, their standard errors, the statistics behind them, and one JSON text
+under the metadata key ``megascore`` with everything else, including a checksum over all of it. The same content gives
+the same bytes, except for ``created``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -21,7 +24,9 @@ import torch
 from megascore.errors import ScoreFileError
 from megascore.files.output_path import check_output_path, write_output
 from megascore.files.tensor_file import DamagedFile, ForeignFile, decode, encode, json_text
+from megascore.hooks.statistics import State
 from megascore.parallel.comm import world_rank
+from megascore.scores.uncertainty import Uncertainty
 from megascore.versions import installed_versions
 
 __all__ = [
@@ -35,7 +40,8 @@ __all__ = [
     "split_key",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had scores alone; it is read as before."""
 UNSEEN_VALUE = -1.0
 """Stands in a vector where no token reached an entry. A measured score may be the same number, for some are below zero:
 what was not measured is told by `Scores.unseen` alone."""
@@ -44,6 +50,10 @@ Unseen: TypeAlias = list[int] | Literal["all"]
 """Entries of one vector that no token reached: their indices, or ``"all"`` for a vector that isn't there at all."""
 
 _METADATA_KEY = "megascore"
+_SEPARATOR = "#"
+"""Between the parts of a tensor's name that are no parts of a key: a module's name can't have it."""
+_ERROR = "standard_error"
+_STATISTIC = "statistic"
 _DAMAGED = "the file is damaged, or was changed after it was written: make it again or take a good copy"
 
 
@@ -85,6 +95,9 @@ class Scores(Mapping[str, torch.Tensor]):
         values: Mapping[str, torch.Tensor],
         metadata: Mapping[str, Any],
         unseen: Mapping[str, Unseen] | None = None,
+        *,
+        uncertainty: Mapping[str, Uncertainty] | None = None,
+        statistics: Mapping[str, State] | None = None,
     ) -> None:
         """Copy and check; nothing is shared with the arguments.
 
@@ -93,6 +106,8 @@ class Scores(Mapping[str, torch.Tensor]):
             metadata: JSON-able. ``created`` (UTC), ``versions``, ``scores`` and ``sites`` are filled in where missing.
             unseen: What no token reached. The value of such an entry is replaced by `UNSEEN_VALUE`; a vector that is
                 unseen as a whole is left out of the mapping.
+            uncertainty: How sure the vectors are, by their keys, as far as it is known.
+            statistics: What the scores were computed from, by ``site/target/method``, or ``moments`` for the method.
 
         Raises:
             ScoreFileError: a key, shape, value or index that can't be part of a score file.
@@ -106,6 +121,10 @@ class Scores(Mapping[str, torch.Tensor]):
             _require_finite(key, vector)
         self._values = {key: vectors[key] for key in sorted(vectors, key=_model_order)}
         self._metadata = _complete_metadata(metadata, {*self._values, *self._unseen})
+        self._uncertainty = {
+            key: _checked_uncertainty(key, own, self._values) for key, own in (uncertainty or {}).items()
+        }
+        self._statistics = {key: _checked_statistics(key, state) for key, state in (statistics or {}).items()}
 
     def _mark_unseen(self, key: str, vectors: dict[str, torch.Tensor], entry: Unseen) -> None:
         length = len(vectors[key]) if key in vectors else 0
@@ -132,6 +151,23 @@ class Scores(Mapping[str, torch.Tensor]):
     def unseen(self) -> dict[str, Unseen]:
         """A copy of what no token reached: for each key a list of indices, or ``"all"``."""
         return deepcopy(self._unseen)
+
+    @property
+    def uncertainty(self) -> Mapping[str, Uncertainty]:
+        """How sure each vector is, by its full key: standard errors, and the expected overlap of two such runs.
+
+        Vectors of which it is not known are left out: of iterative scores, and of runs of one step.
+        """
+        return MappingProxyType(self._uncertainty)
+
+    @property
+    def statistics(self) -> Mapping[str, State]:
+        """What the scores were computed from; empty where the run kept none. Not a copy: read only.
+
+        By ``site/target/method``, or ``site/target/moments`` where methods share them: tensors by name, float64 or
+        int64, over all data, and, named ``... by group``, over each of 8 groups of steps.
+        """
+        return MappingProxyType(self._statistics)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """Return a copy of one vector, by ``site/target/method`` or by ``site/target`` where one method is there."""
@@ -161,12 +197,11 @@ class Scores(Mapping[str, torch.Tensor]):
         return len(self._values)
 
     def __eq__(self, other: object) -> bool:
-        """Return whether values, metadata and unseen entries are all exactly equal."""
+        """Return whether everything in them is exactly equal."""
         if not isinstance(other, Scores):
             return NotImplemented
-        same_keys = self._values.keys() == other._values.keys()
-        same_rest = self._metadata == other._metadata and self._unseen == other._unseen
-        return same_keys and same_rest and all(torch.equal(v, other._values[k]) for k, v in self._values.items())
+        # The same content gives the same bytes.
+        return self._to_bytes() == other._to_bytes()
 
     __hash__ = None  # type: ignore[assignment]  # equal content, no identity
 
@@ -196,7 +231,16 @@ class Scores(Mapping[str, torch.Tensor]):
         return hashlib.sha256(self._to_bytes()).hexdigest()
 
     def _to_bytes(self) -> bytes:
-        return encode(_METADATA_KEY, {"metadata": self._metadata, "unseen": self._unseen}, self._values)
+        tensors = dict(self._values)
+        tensors.update({f"{_ERROR}{_SEPARATOR}{key}": own.standard_error for key, own in self._uncertainty.items()})
+        for key, state in self._statistics.items():
+            tensors.update({f"{_STATISTIC}{_SEPARATOR}{key}{_SEPARATOR}{name}": v for name, v in state.items()})
+        facts = {
+            key: {"overlap": own.overlap, "groups": own.num_groups, "num_tokens": own.num_tokens}
+            for key, own in self._uncertainty.items()
+        }
+        content = {"metadata": self._metadata, "unseen": self._unseen, "uncertainty": facts}
+        return encode(_METADATA_KEY, content, tensors)
 
 
 def load_scores(path: str | Path) -> Scores:
@@ -221,9 +265,31 @@ def load_scores(path: str | Path) -> Scores:
         raise ScoreFileError(f"score file {source} {error}: {_DAMAGED}.") from error
     _refuse_newer(source, content)
     try:
-        return Scores(values, content["metadata"], content["unseen"])
-    except (ScoreFileError, KeyError, TypeError) as error:
+        return _from_content(content, values)
+    except (ScoreFileError, KeyError, TypeError, ValueError) as error:
         raise ScoreFileError(f"score file {source}: {error}") from error
+
+
+def _from_content(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Scores:
+    values: dict[str, torch.Tensor] = {}
+    errors: dict[str, torch.Tensor] = {}
+    statistics: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, separator, rest = name.partition(_SEPARATOR)
+        if not separator:
+            values[name] = tensor
+        elif kind == _ERROR:
+            errors[rest] = tensor
+        elif kind == _STATISTIC:
+            key, _, statistic = rest.partition(_SEPARATOR)
+            statistics.setdefault(key, {})[statistic] = tensor
+        else:
+            raise ScoreFileError(f"it has a tensor '{name}' of a kind that is not known.")
+    uncertainty = {
+        key: Uncertainty(errors[key], facts["overlap"], facts["groups"], facts["num_tokens"])
+        for key, facts in content.get("uncertainty", {}).items()
+    }
+    return Scores(values, content["metadata"], content["unseen"], uncertainty=uncertainty, statistics=statistics)
 
 
 def _refuse_newer(source: Path, content: Any) -> None:
@@ -241,6 +307,20 @@ def _checked_vector(key: str, vector: torch.Tensor) -> torch.Tensor:
     if vector.dim() != 1 or not vector.is_floating_point() or not len(vector):
         raise ScoreFileError(f"scores of '{key}' are {vector.dtype} {list(vector.shape)}: expected a vector of floats.")
     return vector.detach().to("cpu", torch.float64, copy=True).contiguous()
+
+
+def _checked_uncertainty(key: str, own: Uncertainty, values: Mapping[str, torch.Tensor]) -> Uncertainty:
+    if key not in values or own.standard_error.shape != values[key].shape:
+        raise ScoreFileError(f"the standard errors of '{key}' are not of its scores.")
+    return replace(own, standard_error=own.standard_error.detach().to("cpu", torch.float64, copy=True).contiguous())
+
+
+def _checked_statistics(key: str, state: State) -> dict[str, torch.Tensor]:
+    split_key(key)
+    for name, value in state.items():
+        if _SEPARATOR in name or value.dtype not in (torch.float64, torch.int64):
+            raise ScoreFileError(f"the statistic '{name}' of '{key}' is {value.dtype}: expected float64 or int64.")
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
 def _require_finite(key: str, vector: torch.Tensor) -> None:

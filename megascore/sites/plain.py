@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch.distributed as dist
@@ -173,6 +173,7 @@ class PlainModelView:
             else:
                 kind, inside = PlaceKind.ROUTED_EXPERT_PROJECTION, f"{experts.name}.{expert}.linear_fc2"
                 place = self._place(kind, inside, module, local_name, experts.ffn_size)
+                common["scored_module"] = partial(experts.projection, expert)
             yield replace(place, **common)
 
     def _norm(self, name: str, module: nn.Module, local_name: str) -> Place:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megascore.errors import ModelError
 from megascore.sites.places import mask_mismatch
+from megascore.sites.weight_alone import WeightAlone
 
 __all__ = ["ExpertReader", "FusedExperts"]
 
@@ -69,6 +70,11 @@ class FusedExperts:
         hidden = given[0]
         return hidden.reshape(-1, hidden.shape[-1]), given[1], given[2]
 
+    def projection(self, expert: int) -> WeightAlone:
+        """Return a module with the weight [H, F] of an expert's output projection."""
+        weight = self.module.down_proj[expert].detach()
+        return WeightAlone(weight.T if self.module.is_transposed else weight)
+
     def inside(self, expert: int, tokens: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted input [n, F] of an expert's output projection for its tokens [n, H]."""
         activated = self._activated(expert, tokens)
@@ -108,7 +114,9 @@ class ExpertReader:
         self._num_tokens = 0
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
-        """Return the expert of each row [N] int64 and its weighted outputs [N, H]; or both [n, F] inside of one expert.
+        """Return what one expert's output projection is given, twice [n, F]; of all experts together two other things.
+
+        These are the expert and the router's weight of each row, [N, 2] float64, and its weighted output [N, H].
 
         Raises:
             ModelError: the module computes something else than what is computed here.
@@ -130,7 +138,7 @@ class ExpertReader:
         if not self._is_checked:
             self._check(outputs, output)
             self._is_checked = True
-        return rows, outputs
+        return torch.stack([rows.double(), weights.reshape(-1).double()], dim=1), outputs
 
     def mask(self, mask: Tensor, activations: Tensor) -> Tensor:
         """Return which rows of the last call count: bool [N], of the mask of the batch, bool [B, S]."""

@@ -18,6 +18,7 @@ __all__ = [
     "ScoreRequest",
     "check_num_steps",
     "names_of_methods",
+    "recipe",
     "refuse_needing_job",
     "resolve_scores",
 ]
@@ -99,6 +100,31 @@ RECIPES: dict[str, tuple[ScoreRequest, ...]] = {
 """Named lists of scores. ``minitron``: the activation scores of arXiv:2407.14679, section 2.2, all in one pass; of a
 model with experts also theirs."""
 
+ALL = "all"
+"""The recipe of every score that can be had in one pass, whatever its methods are: those that come later, too."""
+
+
+def recipe(name: str) -> tuple[ScoreRequest, ...]:
+    """Return the scores of a recipe.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    _check_known("recipe", name, (*RECIPES, ALL))
+    if name in RECIPES:
+        return RECIPES[name]
+    return tuple(
+        ScoreRequest(target, method, where_present=True)
+        for target in TARGETS
+        for method in names_of_methods(target)
+        if _in_one_pass(methods_of(target)[method])
+    )
+
+
+def _in_one_pass(method: Method) -> bool:
+    additive: bool = getattr(method.hook, "additive")  # noqa: B009 - one of ForwardHook's
+    return additive and not method.hook.needs_job
+
 
 def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> tuple[ScoreRequest, ...]:
     """Turn a recipe name, or a list of ``{target, method}``, into checked requests in the order given.
@@ -108,17 +134,16 @@ def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> 
     """
     check_methods()
     if isinstance(scores, str):
-        _check_known("recipe", scores, RECIPES)
-        return RECIPES[scores]
+        return recipe(scores)
     if isinstance(scores, Mapping) or not isinstance(scores, Iterable):
         raise ConfigError(
-            f"scores is {scores!r}: expected the name of a recipe ({', '.join(RECIPES)}), or a list of entries such as "
-            "{target: ffn}."
+            f"scores is {scores!r}: expected the name of a recipe ({', '.join((*RECIPES, ALL))}), or a list of "
+            "entries such as {target: ffn}."
         )
     requests = tuple(_resolve_entry(entry, position) for position, entry in enumerate(scores))
     if not requests:
         raise ConfigError(
-            f"scores is empty: name a recipe ({', '.join(RECIPES)}) or list entries such as {{target: ffn}}."
+            f"scores is empty: name a recipe ({', '.join((*RECIPES, ALL))}) or list entries such as {{target: ffn}}."
         )
     names = [f"{request.target}/{request.method}" for request in requests]
     repeated = {name for name in names if names.count(name) > 1}

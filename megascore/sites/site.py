@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from megascore.errors import ModelError
 from megascore.hooks import ForwardHook, Merge, State, Statistic
+from megascore.hooks.sharing import together
+from megascore.hooks.statistics import differences
 from megascore.parallel.comm import agree, gather_objects, world_rank, world_size
 from megascore.parallel.forms import placed
 from megascore.parallel.merge import Part, Plan, agree_on_plan
@@ -19,10 +22,13 @@ from megascore.parallel.placed import PlacedHook
 from megascore.sites.heads import width_of_head
 from megascore.sites.inventory import grouped
 from megascore.sites.places import ModelView, Place, check_covers_world
+from megascore.sites.replicates import replicates, unit_scores
 from megascore.sites.requests import ScoreRequest
+from megascore.sites.step_groups import NUM_GROUPS, StepGroups, statistics_of_groups, without_groups
 from megascore.sites.targets import PlaceKind
 
 __all__ = [
+    "REPLICATES",
     "SCORE",
     "Presence",
     "Present",
@@ -38,7 +44,11 @@ __all__ = [
 ]
 
 SCORE = "score"
-"""Name of the one result of a site that goes into the score file."""
+"""Name of the result of a site that goes into the score file."""
+REPLICATES = "replicates"
+"""Name of the scores without each of the groups of steps in turn, from which its uncertainty follows."""
+MOMENTS = "moments"
+"""Stands in a site's key for the methods that share a hook."""
 
 
 Presence = Callable[[nn.Module], AbstractContextManager[Any]]
@@ -57,49 +67,82 @@ class Present(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """One score at one place of this rank."""
+    """One hook at one place of this rank, and the scores that are computed from what it adds up."""
 
     place: Place
-    request: ScoreRequest
+    requests: tuple[ScoreRequest, ...]
+    """All of one target."""
     hook: PlacedHook
     unit_size: int
     """Channels that are ranked as one: the head size where heads are ranked, else 1."""
+    groups: StepGroups | None
+    """The same by groups of steps; None of a score whose statistics can't be told apart by steps."""
+
+    @property
+    def target(self) -> str:
+        """What is ranked."""
+        return self.requests[0].target
 
     @property
     def key(self) -> str:
-        """Name in the score file: ``{place}/{target}/{method}``."""
-        return f"{self.place.name}/{self.request.target}/{self.request.method}"
+        """Name of the statistics: ``{place}/{target}/{method}``, or ``moments`` for the method of several."""
+        method = self.requests[0].method if len(self.requests) == 1 else MOMENTS
+        return f"{self.place.name}/{self.target}/{method}"
+
+    @property
+    def score_keys(self) -> dict[str, ScoreRequest]:
+        """Names in the score file: ``{place}/{target}/{method}``."""
+        return {f"{self.place.name}/{self.target}/{request.method}": request for request in self.requests}
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """The hook's statistics in global terms."""
-        return self.hook.statistics(self.place.placement.shard.total)
+        """The hook's statistics in global terms, and those of the groups."""
+        own = self.hook.statistics(self.hook.total_channels)
+        return own if self.groups is None else (*own, *statistics_of_groups(own))
 
     @property
-    def score_statistic(self) -> Statistic:
-        """The finished score as something to merge: every rank that shares the place computes the same."""
-        num_units = self.place.placement.shard.total // self.unit_size
-        groups = self.place.num_competing_groups if self.request.ranked.groups is not None else None
-        return Statistic(SCORE, (num_units,), merge=Merge.REPLICATED, groups=groups)
+    def score_statistics(self) -> tuple[Statistic, ...]:
+        """A finished score as something to merge: every rank that shares the place computes the same."""
+        num_units = self.hook.total_channels // self.unit_size
+        groups = self.place.num_competing_groups if self.requests[0].ranked.groups is not None else None
+        score = Statistic(SCORE, (num_units,), merge=Merge.REPLICATED, groups=groups)
+        if self.groups is None:
+            return (score,)
+        return (score, Statistic(REPLICATES, (NUM_GROUPS, num_units), merge=Merge.REPLICATED))
 
     def part(self) -> Part:
         """Return this rank's accumulators, to be merged."""
-        return Part(self.place.placement, self.statistics, self.hook.state)
+        of_groups = {} if self.groups is None else self.groups.state
+        return Part(self.hook.placement, self.statistics, {**self.hook.state, **of_groups})
 
     def differences_from(self, saved: State) -> list[str]:
         """Name every reason why a merged state can't be this site's."""
-        found = self.hook.differences_from(saved, self.place.placement.shard.total)
+        found = differences(self.statistics, saved)
+        found = found or self.hook.differences_from(without_groups(saved), self.hook.total_channels)
         return [f"{self.key}: {difference}" for difference in found]
 
     def restore(self, merged: State) -> None:
         """Take this rank's part of a merged state: the parts of all ranks add up to it again."""
-        placement = self.place.placement
-        self.hook.restore({s.name: placement.local_part(s, merged[s.name]) for s in self.statistics})
+        local = {s.name: self.hook.placement.local_part(s, merged[s.name]) for s in self.statistics}
+        self.hook.restore(without_groups(local))
+        if self.groups is not None:
+            self.groups.restore(self.hook.state, local)
 
-    def score(self, merged: State) -> Tensor:
-        """Return the finished score [units] float64 from merged statistics: norm2 over the channels of each unit."""
-        channels = self.hook.compute(merged)[SCORE].double()
-        return channels if self.unit_size == 1 else channels.view(-1, self.unit_size).norm(dim=1)
+    def scores(self, merged: State) -> dict[str, dict[str, Tensor]]:
+        """Return, by the names in the score file, finished scores [units] and replicates [groups, units], float64."""
+        found = {}
+        for key, request in self.score_keys.items():
+            method: Any = self.hook if len(self.requests) == 1 else request.definition.hook
+            score = partial(unit_scores, method, unit_size=self.unit_size)
+            found[key] = {SCORE: score(without_groups(merged))}
+            if self.groups is not None:
+                found[key][REPLICATES] = replicates(merged, score, method.grows_with)
+        return found
+
+    def kept_bytes(self) -> int:
+        """Return how much memory the hook takes on this rank."""
+        kept = (*self.hook.kept(), *(() if self.groups is None else self.groups.kept()))
+        return sum({id(tensor): tensor.nbytes for tensor in kept}.values())
 
 
 def check_places(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
@@ -112,7 +155,7 @@ def check_places(view: ModelView, requests: Sequence[ScoreRequest]) -> None:
     _refuse_shared_modules(view)
     # What a rank can't tell of its modules must fail here, where all ranks hear of it.
     _ = view.unknown
-    for request, place in _wanted(view, requests):
+    for (request, *_), place in _wanted(view, [(request,) for request in requests]):
         check_covers_world(place, world_size())
         _unit_size(request, place)
 
@@ -143,26 +186,47 @@ def build_sites(view: ModelView, requests: Sequence[ScoreRequest], present: Pres
         present: Has the weights of a module there inside; by default they are there all the time.
     """
     sites = []
-    for request, place in _wanted(view, requests):
+    for request, place in _wanted(view, _sharing_hooks(requests)):
         with present(place.module):
             hook = hook_at(place, request)
-        sites.append(Site(place, request, hook, _unit_size(request, place)))
+        groups = StepGroups(hook.statistics(hook.placement.shard.length), hook.state) if hook.additive else None
+        unit_size = 1 if hook.units_are_heads else _unit_size(request[0], place)
+        sites.append(Site(place, request, hook, unit_size, groups))
     return tuple(sites)
 
 
-def hook_at(place: Place, request: ScoreRequest) -> PlacedHook:
-    """Return a fresh hook for one score at a place. Collective where `Place.scored_module` is.
+def _sharing_hooks(requests: Sequence[ScoreRequest]) -> list[tuple[ScoreRequest, ...]]:
+    """Return requests in tuples, each for one hook, in the order of the first of each."""
+    found: dict[object, list[ScoreRequest]] = {}
+    for number, request in enumerate(requests):
+        root = getattr(request.definition.hook, "shared", None)
+        found.setdefault(number if root is None else (request.target, root), []).append(request)
+    return [tuple(own) for own in found.values()]
+
+
+def hook_at(place: Place, requests: Sequence[ScoreRequest]) -> PlacedHook:
+    """Return a fresh hook at a place. Collective where `Place.scored_module` is.
+
+    Args:
+        place: The place.
+        requests: The scores that the hook serves; several only of hooks that keep moments.
 
     Raises:
         ModelError: the model never calls the module there, or gives it what can't be told from tokens.
     """
+    first = requests[0]
     if place.obstacle is not None:
-        raise ModelError(f"{place.name}: {place.obstacle.format(target=request.target)}")
+        raise ModelError(f"{place.name}: {place.obstacle.format(target=first.target)}")
     module = place.module if place.scored_module is None else place.scored_module()
-    hook_class = request.definition.hook
+    classes = [request.definition.hook for request in requests]
+    hook_class = classes[0] if len(classes) == 1 else together(frozenset(classes))
     assert issubclass(hook_class, ForwardHook)
-    hook = placed(hook_class).at(module, place.placement.shard.length, dict(request.options))
-    hook.put(place.placement, place.groups, place.device)
+    placement = place.placement
+    if hook_class.units_are_heads:
+        placement = placement.by_units(_unit_size(first, place))
+    hook = placed(hook_class).at(module, placement.shard.length, dict(first.options))
+    hook.place_name = place.name
+    hook.put(placement, place.groups, place.device)
     return hook
 
 
@@ -237,19 +301,21 @@ def plan_of_states(sites: Sequence[Site]) -> Plan:
 
 def plan_of_scores(sites: Sequence[Site]) -> Plan:
     """Return the finished scores of all sites in the world. Collective over the world."""
-    return agree_on_plan({site.key: (site.score_statistic,) for site in sites})
+    return agree_on_plan({key: site.score_statistics for site in sites for key in site.score_keys})
 
 
 def groups_of(scores: Plan) -> dict[str, int]:
     """Return in how many groups the units of sites compete, given the plan of their scores; not where all do."""
-    return {key: statistic.groups for key, (statistic,) in scores.items() if statistic.groups is not None}
+    return {key: score.groups for key, (score, *_) in scores.items() if score.groups is not None}
 
 
-def _wanted(view: ModelView, requests: Sequence[ScoreRequest]) -> Iterator[tuple[ScoreRequest, Place]]:
-    for request in requests:
+def _wanted(
+    view: ModelView, requests: Sequence[tuple[ScoreRequest, ...]]
+) -> Iterator[tuple[tuple[ScoreRequest, ...], Place]]:
+    for sharing in requests:
         for place in view.places:
-            if place.kind is request.kind:
-                yield request, place
+            if place.kind is sharing[0].kind:
+                yield sharing, place
 
 
 def _unit_size(request: ScoreRequest, place: Place) -> int:

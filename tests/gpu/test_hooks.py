@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megascore.hooks import ForwardHook
-from megascore.hooks.routed_l2_norm import RoutedL2NormHook
+from megascore.hooks import ForwardHook, RoutedL2NormHook
 from megascore.hooks.router_weighted_norm import RouterWeightedNormHook
 from tests.gpu.conftest import sync_debug_mode
 from tests.hooks.cases import CASES, NUM_CALLS, Case, random_calls

@@ -13,12 +13,21 @@ from torch import Tensor, nn
 
 from megascore.hooks import (
     BlockSimilarityHook,
+    FluctuationHook,
     ForwardHook,
     IndependentChannelContributionHook,
     IndependentKvHeadContributionHook,
     IterativeChannelContributionHook,
+    L2L2Hook,
+    L2MeanHook,
     L2NormHook,
     LayerNormContributionHook,
+    MeanMeanHook,
+    MomentsHook,
+    QueryHeadContributionHook,
+    VarianceHook,
+    WandaHook,
+    WeightNormHook,
 )
 from tests.hooks import oracles
 from tests.hooks.oracles import Call
@@ -76,7 +85,25 @@ KV_HEAD = Case(
 )
 SIMILARITY = Case("block_similarity", lambda module, _: BlockSimilarityHook(), oracles.block_similarity, norm=True)
 
-ADDITIVE = [L2_NORM, INDEPENDENT, LAYER_NORM, KV_HEAD, SIMILARITY]
+QUERY_HEAD = Case(
+    "query_head",
+    lambda module, _: QueryHeadContributionHook.for_heads(module, NUM_KV_HEADS),
+    oracles.kv_head,
+    options={"num_kv_heads": NUM_KV_HEADS},
+    channels_of=NUM_KV_HEADS,
+)
+
+
+def moments_case(hook: type[MomentsHook]) -> Case:
+    method = hook.measures.name  # type: ignore[union-attr]
+    return Case(method, lambda module, _: hook(module), oracles.moments, options={"method": method})
+
+
+MOMENTS = [
+    moments_case(hook)
+    for hook in (MeanMeanHook, L2MeanHook, L2L2Hook, VarianceHook, WandaHook, FluctuationHook, WeightNormHook)
+]
+ADDITIVE = [L2_NORM, INDEPENDENT, LAYER_NORM, KV_HEAD, QUERY_HEAD, SIMILARITY, *MOMENTS]
 CASES = [*ADDITIVE, ITERATIVE, CALIBRATED]
 
 every_class = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

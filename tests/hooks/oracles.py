@@ -29,6 +29,38 @@ def l2_norm(calls: list[Call], module: nn.Module) -> dict[str, Tensor]:
     return {"score": total.sqrt()}
 
 
+def samples_of(calls: list[Call]) -> list[Tensor]:
+    """Every sample that has tokens that count, [tokens, C] float64."""
+    found = []
+    for x, _, mask in calls:
+        samples = x[:, None] if x.dim() == 2 else x
+        masks = torch.ones(samples.shape[:-1], dtype=torch.bool) if mask is None else mask.reshape(samples.shape[:-1])
+        found += [samples[:, i][masks[:, i]].double() for i in range(samples.shape[1])]
+    return [sample for sample in found if len(sample)]
+
+
+def moments(calls: list[Call], module: nn.Module, method: str) -> dict[str, Tensor]:
+    return {"score": moment_score(method, samples_of(calls), getattr(module, "weight", None))}
+
+
+def moment_score(method: str, samples: list[Tensor], weight: Tensor | None) -> Tensor:
+    """From samples, each [tokens, C] float64, and the weight [E, C] that they meet."""
+    tokens = torch.cat(samples)
+    norms = torch.ones(()) if weight is None else torch.stack([c.norm() for c in weight.detach().double().unbind(-1)])
+    return {
+        "mean_mean": lambda: torch.stack([sample.abs().mean(0) for sample in samples]).mean(0),
+        "l2_mean": lambda: torch.stack([sample.norm(dim=0) for sample in samples]).mean(0),
+        "l2_l2": lambda: tokens.norm(dim=0),
+        "variance": lambda: tokens.var(0, unbiased=False),
+        "wanda": lambda: norms * tokens.square().mean(0).sqrt(),
+        "fluctuation": lambda: norms**2 * tokens.var(0, unbiased=False),
+        "weight_norm": lambda: norms,
+    }[method]()
+
+
+MOMENTS = ("mean_mean", "l2_mean", "l2_l2", "variance", "wanda", "fluctuation", "weight_norm")
+
+
 def pooled_mean(tokens: list[Tensor]) -> Tensor:
     """``calls * mean over all tokens``; calls without tokens are none."""
     return sum(len(part) > 0 for part in tokens) * torch.cat(tokens).mean(0)

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megascore.hooks import ForwardHook
-from megascore.hooks.routed_l2_norm import RoutedL2NormHook
+from megascore.hooks import ForwardHook, RoutedL2NormHook
 from megascore.hooks.router_weighted_norm import RouterWeightedNormHook
 from megascore.parallel.axes import Axis, Placement, Role, Shard
 from megascore.parallel.placed_iterative import PlacedIterativeHook

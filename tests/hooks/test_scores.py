@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megascore.hooks import RoutedL2NormHook, RouterWeightedNormHook
+from megascore.hooks import (
+    ExpertFrequencyHook,
+    OutputNormHook,
+    RandomHook,
+    RoutedL2NormHook,
+    RoutedMeanHook,
+    RouterWeightedNormHook,
+)
 from megascore.hooks.registry import methods
 from megascore.kernels import reductions
 from tests.hooks.cases import (
@@ -144,7 +151,8 @@ def test_ties_go_to_the_smaller_channel() -> None:
 
 def test_every_class_of_the_registry_has_a_case() -> None:
     covered = {type(case.make_hook(case.make_module(12, torch.float32), 5)) for case in CASES}
-    routed = {RoutedL2NormHook, RouterWeightedNormHook}  # in test_experts.py
+    # In test_experts.py, and in test_random_order.py.
+    routed = {RoutedL2NormHook, RoutedMeanHook, RouterWeightedNormHook, ExpertFrequencyHook, OutputNormHook, RandomHook}
     assert {method.hook for method in methods().values() if method.hook.__module__.startswith("megascore.")} == (
         covered | routed
     )

@@ -22,8 +22,8 @@ def test_what_waits_for_other_ranks_can_be_added_up_outside_of_inference_mode(ca
     expected = feed(case.make_hook(module, NUM_CALLS), calls).to_dict()
     with torch.inference_mode(inside):
         hook = case.make_hook(module, NUM_CALLS)
-        hook.allocate(1 if case.name == "block_similarity" else 3 if case.name == "kv_head" else 12, "cpu")
-    hook.defers = case.iterative or case.name == "l2_norm"
+        hook.allocate(1 if case.name == "block_similarity" else 3 if case.channels_of == 3 else 12, "cpu")
+    hook.defers = case.iterative or case.name in ("l2_norm", "mean_mean", "l2_mean")
     for call in calls:
         with torch.inference_mode():
             feed(hook, [call])

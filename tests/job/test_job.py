@@ -81,6 +81,22 @@ def test_jobs_on_two_layouts_compare_as_equal(model: Path, text: Path, tmp_path:
     assert [layout["tensor"] for layout in layouts] == [1, 2]
 
 
+def test_a_job_ends_on_all_ranks_when_its_scores_are_sure_enough(
+    model: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    # Every sample is the same, so that nothing scatters.
+    text, output = tmp_path / "words.txt", tmp_path / "scores.safetensors"
+    text.write_text(" ".join(f"w{i % 16}" for i in range(16 * 44)))
+    settings = ("run.global_batch_size=2", "run.until={overlap: 0.98}", "run.keep_statistics=false")
+    told = world.run(2, run_on_rank, model, text, output, *settings)
+    assert output.exists(), told
+    scores = megascore.load_scores(output)
+    assert scores.metadata["num_steps"] == 16
+    assert scores.metadata["until"]["reached"]
+    assert not scores.statistics
+    assert min(own.overlap or 1 for own in scores.uncertainty.values()) > 0.98
+
+
 def test_a_dry_run_lists_every_site_of_every_stage(model: Path, text: Path, tmp_path: Path, world: WorkerPool) -> None:
     output = tmp_path / "scores.safetensors"
     degrees = ("parallel.tensor=2", "parallel.pipeline=2", "run.steps=0")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.hooks.oracles import moment_score
+
 __all__ = ["Expected", "record"]
 
 
@@ -22,6 +24,11 @@ class Expected:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=lambda: defaultdict(lambda: torch.tensor(0)))
+
+    inside: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    """Inputs of each expert's output projection, [tokens, F], call after call."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Of that projection, [H, F]."""
 
     def add(self, key: str, value: Tensor) -> None:
         self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value
@@ -34,6 +41,15 @@ class Expected:
                 results[key] = value / self.tokens[key].clamp(min=1)
             else:
                 results[key] = value.sqrt()
+        for name, tokens in self.inside.items():
+            for method in ("mean_mean", "variance", "wanda", "fluctuation", "weight_norm"):
+                # A routed token is a sample of its own.
+                sample = torch.cat(tokens)
+                if len(sample):
+                    samples = list(sample[:, None]) if method == "mean_mean" else [sample]
+                    results[f"{name}/expert_ffn/{method}"] = moment_score(method, samples, self.weights[name])
+                else:
+                    results[f"{name}/expert_ffn/{method}"] = sample.sum(0)
         return results
 
 
@@ -57,19 +73,26 @@ def _routed(expected: Expected, name: str, experts: Any, num_real: Callable[[], 
     def hook(_router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         tokens = args[0].flatten(0, -2)[: num_real()]
         probabilities, routing_map = (each[: num_real()] for each in output)
-        norms = []
+        norms, unweighted = [], []
         for number, expert in enumerate(experts.local_experts):
             chosen = routing_map[:, number]
             gate, up = (tokens[chosen] @ expert.linear_fc1.weight.T).chunk(2, dim=-1)
             weight = probabilities[chosen, number].unsqueeze(-1)
             intermediate = nn.functional.silu(gate) * up
             norms.append((weight * (intermediate @ expert.linear_fc2.weight.T)).pow(2).sum(-1).sqrt().sum())
-            expected.add(
-                f"{name}.experts.{number}.linear_fc2/expert_ffn/l2_norm", (weight * intermediate).pow(2).sum(0)
-            )
+            unweighted.append((intermediate @ expert.linear_fc2.weight.T).pow(2).sum(-1).sqrt().sum())
+            inside = f"{name}.experts.{number}.linear_fc2"
+            expected.inside[inside].append((weight * intermediate).detach().double())
+            expected.weights[inside] = expert.linear_fc2.weight.detach().double()
+            expected.add(f"{inside}/expert_ffn/l2_norm", (weight * intermediate).pow(2).sum(0))
         key = f"{name}.experts/experts/router_weighted_norm"
         expected.add(key, torch.stack(norms))
         expected.tokens[key] = expected.tokens[key] + routing_map.sum(0)
+        for method, value in (("output_norm", torch.stack(unweighted)), ("frequency", routing_map.sum(0).double())):
+            key = f"{name}.experts/experts/{method}"
+            expected.add(key, value)
+            # Of the layer's experts together.
+            expected.tokens[key] = expected.tokens[key] + routing_map.sum()
 
     return hook
 

@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.hooks.oracles import MOMENTS, moment_score
+
 __all__ = [
     "ITERATIVE",
     "Recorder",
     "all_scores",
     "expected_contributions",
+    "expected_moments",
     "expected_scores",
     "expected_without_layers",
     "iterative_ranks",
+    "moment_scores",
+    "projection_moments",
 ]
 
 ITERATIVE = "iterative_contribution"
@@ -96,7 +101,7 @@ def _mean_cosine(before: list[Tensor], after: list[Tensor]) -> Tensor:
 
 
 def all_scores(num_steps: int) -> list[dict[str, Any]]:
-    """Every target and method of dense models; one iteration for each step."""
+    """Every target and method of dense models that has a hook of its own; one iteration for each step."""
     return [
         {"target": "ffn"},
         {"target": "ffn", "method": "independent_contribution"},
@@ -109,8 +114,60 @@ def all_scores(num_steps: int) -> list[dict[str, Any]]:
     ]
 
 
+def moment_scores() -> list[dict[str, Any]]:
+    """What one hook at each projection and norm keeps the moments for, and what each query head adds to the output."""
+    targets = {
+        "ffn": MOMENTS,
+        "attention_heads": (*MOMENTS, "independent_contribution"),
+        "hidden_size": MOMENTS_OF_NORMS,
+    }
+    return [{"target": target, "method": method} for target, methods in targets.items() for method in methods]
+
+
+def _head_norms(recorder: Recorder, projection: str, num_heads: int) -> Tensor:
+    x, weight = _tokens(recorder.inputs[projection]), recorder.weights[projection]
+    width = x.shape[1] // num_heads
+    heads = zip(x.split(width, dim=1), weight.split(width, dim=1), strict=True)
+    return torch.stack([(x_g @ w_g.T).norm(dim=1).mean() for x_g, w_g in heads])
+
+
+def expected_moments(recorder: Recorder, num_layers: int, head_dim: int) -> dict[str, Tensor]:
+    """Scores of the methods that need moments of activations, and norms of weights."""
+    scores: dict[str, Tensor] = {}
+    norms = ["decoder.final_layernorm"]
+    for number in range(num_layers):
+        layer = f"decoder.layers.{number}"
+        norms += [f"{layer}.{norm}" for norm in NORMS]
+        for module, target in LINEARS.items():
+            name = f"{layer}.{module}"
+            if name in recorder.inputs:
+                found = projection_moments(recorder.inputs[name], recorder.weights[name])
+                for method, channels in found.items():
+                    heads = torch.stack([part.norm() for part in channels.split(head_dim)])
+                    scores[f"{name}/{target}/{method}"] = heads if target == "attention_heads" else channels
+    for method in MOMENTS_OF_NORMS:
+        own = {
+            f"{name}/hidden_size/{method}": moment_score(method, _samples(recorder.outputs[name]), None)
+            for name in norms
+        }
+        scores |= {**own, f"decoder/hidden_size/{method}": torch.stack(list(own.values())).sum(0)}
+    return scores
+
+
+MOMENTS_OF_NORMS = ("mean_mean", "l2_mean", "l2_l2", "variance")
+
+
+def projection_moments(calls: list[Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """Scores of channels [C] by each of these methods, from calls [S, B, C]."""
+    return {method: moment_score(method, _samples(calls), weight) for method in MOMENTS}
+
+
+def _samples(calls: list[Tensor]) -> list[Tensor]:
+    return [sample for activation in calls for sample in activation.unbind(1)]
+
+
 def expected_contributions(
-    recorder: Recorder, num_layers: int, num_kv_heads: int, samples_of_step: list[list[int]]
+    recorder: Recorder, num_layers: int, num_kv_heads: int, num_query_heads: int, samples_of_step: list[list[int]]
 ) -> dict[str, Tensor]:
     """Scores of the other methods; call number i of the recorder was sample i alone."""
     scores: dict[str, Tensor] = {}
@@ -122,12 +179,8 @@ def expected_contributions(
             x, weight = _tokens(recorder.inputs[fc2]), recorder.weights[fc2]
             scores[f"{fc2}/ffn/independent_contribution"] = weight.norm(dim=0) * x.abs().mean(0)
             scores[f"{fc2}/ffn/{ITERATIVE}"] = iterative_ranks(recorder, fc2, samples_of_step)
-        x, weight = _tokens(recorder.inputs[proj]), recorder.weights[proj]
-        width = x.shape[1] // num_kv_heads
-        heads = zip(x.split(width, dim=1), weight.split(width, dim=1), strict=True)
-        scores[f"{proj}/kv_heads/independent_contribution"] = torch.stack(
-            [(x_g @ w_g.T).norm(dim=1).mean() for x_g, w_g in heads]
-        )
+        for target, num_heads in (("kv_heads", num_kv_heads), ("attention_heads", num_query_heads)):
+            scores[f"{proj}/{target}/independent_contribution"] = _head_norms(recorder, proj, num_heads)
         by_norm.update({f"{layer}.{norm}": recorder.outputs[f"{layer}.{norm}"] for norm in NORMS})
     by_norm["decoder.final_layernorm"] = recorder.outputs["decoder.final_layernorm"]
     means = {f"{name}/hidden_size/layer_norm_contribution": _tokens(out).abs().mean(0) for name, out in by_norm.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megascore.hooks.statistics import State
-from megascore.scores.assemble import FEW_TOKENS, assemble_scores
+from megascore.scores.assemble import FEW_TOKENS, Found, assemble_scores
 from megascore.scores.ranking import rankings
 from megascore.scores.score_file import UNSEEN_VALUE, Scores
 from megascore.sites.requests import ScoreRequest
@@ -30,7 +30,7 @@ def make_scores(*, dense: bool) -> Scores:
         states[DENSE] = {"num_tokens": torch.tensor(360), "num_samples": torch.tensor(9)}
         scores[DENSE] = torch.tensor([1.0])
         requests.append(ScoreRequest("ffn", "l2_norm"))
-    return assemble_scores(requests, states, scores, {"model": {"experts_per_token": 2}})
+    return assemble_scores(requests, Found(states, scores), {"model": {"experts_per_token": 2}})
 
 
 def test_experts_without_tokens_are_unseen_and_have_no_rank() -> None:

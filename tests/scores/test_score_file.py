@@ -212,8 +212,8 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_schema_says_to_update(tmp_path: Path) -> None:
-    make_scores(schema_version=2).save(tmp_path / "s")
-    with pytest.raises(ScoreFileError, match=r"schema version 2.*reads up to 1: update megascore"):
+    make_scores(schema_version=3).save(tmp_path / "s")
+    with pytest.raises(ScoreFileError, match=r"schema version 3.*reads up to 2: update megascore"):
         load_scores(tmp_path / "s")
 
 

@@ -1,6 +1,6 @@
 """A score in one file, this one: what a class gets by saying what it ranks, with no change in the package.
 
-It is FLAP's fluctuation (arXiv:2312.11983): a channel's variance over tokens times the square of its column's norm.
+A channel's variance over tokens times the square of its column's norm.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tests.mcore.sites.test_scores_on_every_layout import TOLERANCE, compute_exp
 from tests.models import save_checkpoint
 from tests.pool import WorkerPool
 
-SCORES: list[dict[str, Any]] = [{"target": "ffn", "method": "fluctuation"}]
+SCORES: list[dict[str, Any]] = [{"target": "ffn", "method": "spread"}]
 
 
 class FluctuationHook(
-    WeightHook, method="fluctuation", targets=("ffn",), summary="variance of a channel times its column's squared norm"
+    WeightHook, method="spread", targets=("ffn",), summary="variance of a channel times its column's squared norm"
 ):
     def __init__(self, linear_layer: nn.Module, activation_hooks_kwargs: Any = None) -> None:
         weight = weight_matrix(linear_layer, "FluctuationHook", may_be_shard=self.takes_shards)
@@ -65,10 +65,10 @@ def formula(inputs: Tensor, weight: Tensor) -> Tensor:
 def test_its_name_is_known_and_another_is_not() -> None:
     [request] = resolve_scores(SCORES)
     assert request.definition.hook is FluctuationHook
-    with pytest.raises(ConfigError, match="unknown method of target 'ffn' 'fluctuations'.*mean 'fluctuation'"):
-        resolve_scores([{"target": "ffn", "method": "fluctuations"}])
-    with pytest.raises(ConfigError, match="unknown method of target 'kv_heads' 'fluctuation'"):
-        resolve_scores([{"target": "kv_heads", "method": "fluctuation"}])
+    with pytest.raises(ConfigError, match="unknown method of target 'ffn' 'spreads'.*mean 'spread'"):
+        resolve_scores([{"target": "ffn", "method": "spreads"}])
+    with pytest.raises(ConfigError, match="unknown method of target 'kv_heads' 'spread'"):
+        resolve_scores([{"target": "kv_heads", "method": "spread"}])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def expected(world: WorkerPool, checkpoint: str) -> dict[str, Tensor]:
     inputs, weights = world.run(1, compute_expected_inputs, checkpoint)[0]
-    return {f"{name}/ffn/fluctuation": formula(x, weights[name]) for name, x in inputs.items() if "linear_fc2" in name}
+    return {f"{name}/ffn/spread": formula(x, weights[name]) for name, x in inputs.items() if "linear_fc2" in name}
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_it_resumes_at_every_step_is_saved_shown_and_scored_block_by_block(tmp_p
 
 @pytest.mark.fast
 def test_two_classes_cannot_claim_one_name_nor_rank_what_is_no_target() -> None:
-    class Other(FluctuationHook, method="fluctuation", targets=("ffn",), summary="another"): ...
+    class Other(FluctuationHook, method="spread", targets=("ffn",), summary="another"): ...
 
-    with pytest.raises(ConfigError, match="FluctuationHook and .*Other both say that they rank 'ffn' by 'fluctuation'"):
+    with pytest.raises(ConfigError, match="FluctuationHook and .*Other both say that they rank 'ffn' by 'spread'"):
         methods()
     del Other.measures
 

@@ -6,7 +6,8 @@ expert's input, with ``moe_apply_probs_on_input``). So the tensors seen here are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megascore.mcore.world.groups import DenseGroups, ExpertGroups
 from megascore.parallel.axes import Axis, Placement, Role, Shard
 from megascore.sites.places import LocalMask, Place, Reader, first_tensor
 from megascore.sites.targets import PlaceKind
+from megascore.sites.weight_alone import WeightAlone
 
 __all__ = ["expert_facts", "expert_layout", "expert_places", "padding_of_experts"]
 
@@ -60,7 +62,7 @@ def expert_places(
             f"which is not {num_global} experts in all."
         )
     together = Placement.whole(num_global, _roles(groups, ep=Role.SUM, etp=Role.SAME), copies)
-    read = _read_all_experts(first, num_local)
+    read = _read_all_experts(first, num_local, bool(moe_layer.config.moe_apply_probs_on_input))
     masks = DispatchedMask(moe_layer, name, local_mask)
     common: dict[str, Any] = {
         "groups": groups.larger_than_one("ep", "etp", "edp"),
@@ -77,7 +79,7 @@ def expert_places(
         local_mask=masks.of_layer,
         **common,
     )
-    for position, (module_name, module, width, read) in enumerate(_projections(experts, num_local)):
+    for position, (module_name, module, width, read, alone) in enumerate(_projections(experts, num_local)):
         inside = _place_inside_expert(name, width, moe_layer.config, groups, copies)
         expert_name = f"{name}.experts.{first + position}.linear_fc2"
         local_name = f"{path}.experts{module_name}"
@@ -89,6 +91,7 @@ def expert_places(
             inside,
             read,
             local_mask=masks.of_expert(position),
+            scored_module=alone,
             **common,
         )
 
@@ -159,30 +162,39 @@ def _place_inside_expert(
     return Placement(Shard(etp.rank * width, width, total), roles, copies)
 
 
-def _projections(experts: Any, num_local: int) -> Iterator[tuple[str, nn.Module, int | None, Reader]]:
-    """Yield name, module, columns and reader for the input of each local expert's output projection.
+_Projection = tuple[str, nn.Module, "int | None", Reader, "Callable[[], nn.Module] | None"]
+
+
+def _projections(experts: Any, num_local: int) -> Iterator[_Projection]:
+    """Yield name, module, columns, reader and the weight alone, for the inputs of local experts' output projections.
 
     There are none in experts of unknown classes.
     """
     if hasattr(experts, "local_experts"):  # SequentialMLP
         for position, expert in enumerate(experts.local_experts):
             linear = expert.linear_fc2
-            yield f".local_experts.{position}.linear_fc2", linear, linear.weight.shape[1], _read_linear
+            yield f".local_experts.{position}.linear_fc2", linear, linear.weight.shape[1], _read_linear, None
     elif hasattr(experts, "linear_fc2"):  # TEGroupedMLP
         linear = experts.linear_fc2
         for position in range(num_local):
             # Of the versions of Transformer Engine that keep all experts in one tensor, only the config says it.
             weight = getattr(linear, f"weight{position}", None)
             width = None if weight is None else weight.shape[1]
-            yield ".linear_fc2", linear, width, _read_grouped_linear(position)
+            alone = None if weight is None else partial(WeightAlone, weight)
+            yield ".linear_fc2", linear, width, _read_grouped_linear(position), alone
     elif hasattr(experts, "weight1"):  # GroupedMLP
         width = experts.weight2.numel() // num_local // experts.config.hidden_size
         for position in range(num_local):
-            yield "", experts, width, _read_grouped_weights(experts, position)
+            weight2 = experts.weight2.view(num_local, width, -1)[position].detach().T
+            yield "", experts, width, _read_grouped_weights(experts, position), partial(WeightAlone, weight2)
 
 
-def _read_all_experts(first: int, num_local: int) -> Reader:
-    """Return a reader of an experts module: the expert of each token [T] int64, and the weighted outputs [T, H]."""
+def _read_all_experts(first: int, num_local: int, weights_inputs: bool) -> Reader:
+    """Return a reader of an experts module: expert and router's weight of each token [T, 2], and outputs [T, H].
+
+    The outputs are weighted. Where that follows from weighted inputs, or weights are not given, the experts alone are
+    returned, [T] int64.
+    """
 
     def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
         outputs = first_tensor(output)
@@ -196,7 +208,11 @@ def _read_all_experts(first: int, num_local: int) -> Reader:
             )
         counts = counts.to(outputs.device, non_blocking=True)
         numbers = torch.arange(first, first + num_local, device=outputs.device)
-        return torch.repeat_interleave(numbers, counts, output_size=len(outputs)), outputs
+        experts = torch.repeat_interleave(numbers, counts, output_size=len(outputs))
+        weights = args[2] if len(args) > 2 else kwargs.get("permuted_probs")
+        if weights is None or weights_inputs:
+            return experts, outputs
+        return torch.stack([experts.double(), weights.double()], dim=1), outputs
 
     return read
 

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["WeightAlone", "fused_norm_output", "has_fused_norm", "norm_module"]
+from megascore.sites.weight_alone import WeightAlone
 
-
-class WeightAlone(nn.Module):
-    """A module with a weight and nothing else."""
-
-    def __init__(self, weight: Tensor) -> None:
-        """Take the weight as it is, with the marks that are on it."""
-        super().__init__()
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+__all__ = ["fused_norm_output", "has_fused_norm", "norm_module"]
 
 
 def norm_module(module: nn.Module) -> nn.Module:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megascore.hooks.weights import whole_weight
-from megascore.mcore.sites.fused_norm import WeightAlone
 from megascore.mcore.sites.placement import own_columns, place_kv_heads, place_row_parallel_input
 from megascore.mcore.world.groups import DenseGroups
+from megascore.sites.weight_alone import WeightAlone
 
 __all__ = ["KvHeads"]
 

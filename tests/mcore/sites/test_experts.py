@@ -27,12 +27,12 @@ NUM_SAMPLES, GLOBAL_BATCH_SIZE = 8, 4
 """As many on each data-parallel rank: expert-parallel ranks exchange tokens in every micro-batch."""
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 """float64: only the order of additions differs between layouts. float32: the model's own sums differ as well."""
-REQUESTS = [
-    {"target": "experts"},
-    {"target": "expert_ffn"},
-    {"target": "shared_expert_ffn"},
-    {"target": "shared_expert_ffn", "method": "independent_contribution"},
-]
+METHODS = {
+    "experts": ("router_weighted_norm", "output_norm", "frequency"),
+    "expert_ffn": ("l2_norm", "mean_mean", "variance", "wanda", "fluctuation", "weight_norm"),
+    "shared_expert_ffn": ("l2_norm", "independent_contribution"),
+}
+REQUESTS = [{"target": target, "method": method} for target, methods in METHODS.items() for method in methods]
 
 Layouts = dict[str, tuple[dict[str, Any], Variant]]
 TP_SP: dict[str, Any] = {"tensor": 2, "sequence": True}
@@ -114,7 +114,7 @@ def check_values(
 
 def check_tokens(layout: str, metadata: dict[str, Any], tokens: dict[str, Tensor]) -> None:
     assert metadata["num_tokens"] == NUM_SAMPLES * SIZES["sequence"], layout
-    for key in (key for key in tokens if "/experts/" in key):
+    for key in (key for key in tokens if key.endswith("/experts/router_weighted_norm")):
         wanted, site = tokens[key], metadata["sites"][key]
         assert site["tokens_per_expert"] == wanted.tolist(), f"{key} on {layout}"
         assert site["few_tokens"] == [number for number, count in enumerate(wanted) if 0 < count < 100]
@@ -187,7 +187,7 @@ def test_padding_among_an_experts_tokens_is_refused(option: str) -> None:
         obstacle=padding_of_experts(config),
     )
     with pytest.raises(ModelError, match=f"{name}: with {option} set"):
-        hook_at(place, ScoreRequest("experts", "router_weighted_norm"))
+        hook_at(place, [ScoreRequest("experts", "router_weighted_norm")])
 
 
 def test_experts_of_other_sizes_or_makes_are_told(world: WorkerPool) -> None:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from megascore.config import ModelConfig, ParallelConfig
-from tests.mcore.oracle import ITERATIVE, Recorder, all_scores, expected_contributions, expected_scores
+from tests.mcore.oracle import (
+    ITERATIVE,
+    Recorder,
+    all_scores,
+    expected_contributions,
+    expected_moments,
+    expected_scores,
+    moment_scores,
+)
 from tests.mcore.order import assert_same_order, spearman
 from tests.models import SIZES, save_checkpoint
 from tests.pool import WorkerPool
@@ -103,7 +111,8 @@ def compute_expected(checkpoint: str, sizes: dict[str, int]) -> dict[str, Tensor
         steps = [samples[:GLOBAL_BATCH_SIZE], samples[GLOBAL_BATCH_SIZE:]]
         return {
             **expected_scores(recorder, num_layers, head_dim),
-            **expected_contributions(recorder, num_layers, num_kv_heads, steps),
+            **expected_contributions(recorder, num_layers, num_kv_heads, sizes["num_attention_heads"], steps),
+            **expected_moments(recorder, num_layers, head_dim),
         }
 
 
@@ -127,7 +136,7 @@ def score_in_all_dtypes(checkpoint: str, parallel: ParallelConfig) -> dict[str, 
 
     device = torch.device("cpu")
     with parallel_world(parallel, device, timedelta(seconds=60)):
-        scores = all_scores(NUM_STEPS)
+        scores = all_scores(NUM_STEPS) + moment_scores()
         return {dtype: _score(checkpoint, parallel, dtype, device, scores) for dtype in TOLERANCE}
 
 
