@@ -36,8 +36,10 @@ COLUMNS = (
     "span_tokens",
     "span_calls",
     "cosines",
+    "spoiled",
 )
-"""What is added up for each layer, each a sum over this rank's tokens or micro-batches."""
+"""What is added up for each layer, each a sum over this rank's tokens or micro-batches; ``spoiled`` counts those in
+which what the layer is given in the whole model is not finite, with a last row for the end of the model."""
 
 
 class WithoutLayers:
@@ -108,13 +110,14 @@ class WithoutLayers:
             micro_batches: Token numbers, [B, S] int64 each, whole sequences.
             masks: Which tokens of each count, [B, S] bool each, best in host memory; None counts all.
         """
-        table = torch.zeros(self._num_layers, len(COLUMNS), dtype=torch.float64, device=self._device)
+        table = torch.zeros(self._num_layers + 1, len(COLUMNS), dtype=torch.float64, device=self._device)
         sums = dict(zip(COLUMNS, table.unbind(1), strict=True))
         with self._scoring.paused(), output_layers(self._chunks, run=self._computes_loss):
             for number, tokens in enumerate(micro_batches):
                 self._measure((tokens, None if masks is None else masks[number]), sums)
         if self._passes.num_stages > 1:
             dist.all_reduce(table, group=parallel_state.get_pipeline_model_parallel_group())
+        _blame_first_bad_layer(table, sums["spoiled"])
         for layer, hook in self._hooks:
             hook.feed({name: column[layer] for name, column in sums.items()})
 
@@ -122,6 +125,9 @@ class WithoutLayers:
         whole = self._passes.whole(micro_batch)
         mask = micro_batch[1]
         own_mask = None if mask is None else mask.to(self._device, non_blocking=True)
+        inputs = {**self._passes.before, **({} if whole is None else {self._num_layers: whole.hidden_states})}
+        for layer, hidden_states in inputs.items():
+            sums["spoiled"][layer] += _has_bad_token(hidden_states, self._own(own_mask, hidden_states))
         if self._span is not None:
             for first in range(self._num_layers - self._span + 1):
                 self._add_span(first, first + self._span, whole, own_mask, sums)
@@ -189,6 +195,21 @@ def _count(layer: int, hidden_states: Tensor, mask: Tensor | None, tokens: Tenso
     number = hidden_states.shape[:-1].numel() if mask is None else mask.sum()
     tokens[layer] += number
     calls[layer] += number > 0
+
+
+def _has_bad_token(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    bad = ~hidden_states.isfinite().all(-1)
+    return (bad if mask is None else bad & mask).any()
+
+
+def _blame_first_bad_layer(table: Tensor, spoiled: Tensor) -> None:
+    """Where the whole model is not finite, let only layers from the first on that returns such a thing tell it.
+
+    Else the first layer of all would be named, for without it the others are as bad. No wait for the device.
+    """
+    since = spoiled.cumsum(0)
+    is_innocent = (since[-1] > 0) & (since[1:] == 0)
+    table[:-1].masked_fill_(is_innocent[:, None], 0.0)
 
 
 def _chunk_of_layer(chunks: Sequence[Any]) -> dict[int, int]:

@@ -48,7 +48,6 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "PP=4": {"pipeline": 4},
         "TP=2 SP x PP=2 x VPP=2": {**TP_SP, "pipeline": 2, "virtual_pipeline": 2},
         "TP=2 SP x CP=2": {**TP_SP, "context": 2},
-        "PP=2 x DP=2": {"pipeline": 2},
     },
 }
 EXPERT_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
