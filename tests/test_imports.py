@@ -93,6 +93,7 @@ ROOMS = (
     "plans",
     "pruning",
     "masks",
+    "compensation",
     "capture",
     "blockwise",
     "mcore",

@@ -11,7 +11,7 @@ from typing import Any
 
 from megascore.cli.common import console_on, job_of_ranks
 from megascore.config import load_config
-from megascore.errors import PlanError
+from megascore.errors import ConfigError, PlanError
 from megascore.plans.plan import make_plan
 from megascore.plans.request import is_plan_key, parse_request
 from megascore.plans.table import render_plan
@@ -49,6 +49,20 @@ def add_commands(commands: Any) -> None:
         "--sort-only", action="store_true", help="keep everything, the most important units first: same results"
     )
     pruned.add_argument("--scores", type=Path, help="score file behind the plan, for --sort-only")
+    pruned.add_argument(
+        "--compensate",
+        choices=("least_squares", "bias"),
+        help="fit output projections again on the text of --config; runs alone or under torchrun, and goes on after "
+        "a kill",
+    )
+    pruned.add_argument("--config", metavar="CONFIG", type=Path, help="YAML file of a scoring job, for --compensate")
+    pruned.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="override values of --config, such as parallel.tensor=2",
+    )
     pruned.set_defaults(command=_prune)
     evaluated = commands.add_parser(
         "evaluate",
@@ -95,6 +109,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
+    if arguments.compensate is not None:
+        return _compensate(arguments)
+    if arguments.config is not None or arguments.overrides:
+        raise ConfigError("--config and key=value are for --compensate: pruning alone needs no data.")
     # As after Ctrl-C, what was begun is taken away.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -103,6 +121,22 @@ def _prune(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, before)
     text = f"Model written to {arguments.output}"
     console_on(sys.stdout).print(text, soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def _compensate(arguments: argparse.Namespace) -> int:
+    if arguments.config is None:
+        raise ConfigError("--compensate needs --config CONFIG, a job's YAML file with calibration data.")
+    if arguments.sort_only:
+        raise ConfigError(
+            "--compensate and --sort-only exclude each other: a sorted model computes what it did before."
+        )
+    config = load_config(arguments.config, [*arguments.overrides, f"model.hf={arguments.model}"])
+    with job_of_ranks("prune"):
+        from megascore.job.compensate import CompensationRequest, run_compensation
+
+        request = CompensationRequest(str(arguments.plan), str(arguments.output), arguments.compensate)
+        run_compensation(config, request, console_on(sys.stdout))
     return 0
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from megascore.hooks.weights import WeightHook, weight_matrix
 from megascore.kernels import reductions
 from megascore.kernels.exact import exact
 from megascore.kernels.reductions import Moment
+
+if TYPE_CHECKING:
+    # In typing itself from Python 3.11 on.
+    from typing_extensions import Self
 
 __all__ = ["MomentsHook"]
 
@@ -62,6 +66,11 @@ class MomentsHook(WeightHook):
         needed |= {OF_TOKENS[name] for name in self._of_tokens}
         self._kinds = tuple(kind for kind in Moment if kind in needed)
         self._pending: list[Tensor] = []
+
+    @classmethod
+    def at(cls, module: nn.Module, num_units: int, options: Mapping[str, Any]) -> Self:
+        """Return a hook for a module, which only a score with weights needs."""
+        return cls(module) if WEIGHT_NORM in cls.keeps else cls()
 
     def declare(self, num_channels: int) -> tuple[Statistic, ...]:
         """Return what is kept, whatever the order of ``keeps``; with statistics of samples also their number."""

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,7 +32,7 @@ RMS = ("rmsnorm", "rms_norm")
 
 
 @contextmanager
-def masked_view(view: ModelView, units: Units, num_heads: int) -> Iterator[None]:
+def masked_view(view: ModelView, units: Units, num_heads: int, places: Sequence[Place] | None = None) -> Iterator[None]:
     """Let a model compute with some of its units alone inside of the ``with`` block. Not collective.
 
     Every rank masks its own part; all of them enter and leave the block at the same place of the program.
@@ -41,13 +41,14 @@ def masked_view(view: ModelView, units: Units, num_heads: int) -> Iterator[None]
         view: The model.
         units: What is kept; of this model.
         num_heads: Query heads of a layer of the whole model.
+        places: Those of the view at which it is masked; None for all.
 
     Raises:
         PlanError: a norm, a router or experts of a kind that can't be masked.
     """
     kept = {layer: of_layer for layer, of_layer in units.kept_layers()}
     with ExitStack() as stack:
-        for place in view.places:
+        for place in view.places if places is None else places:
             for undo in _masks(view, place, units, kept, num_heads):
                 stack.callback(undo)
         yield

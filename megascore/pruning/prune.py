@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from megascore.errors import PlanError
@@ -32,12 +33,18 @@ from megascore.pruning.tensor_stream import Planned, write_tensors
 from megascore.scores.score_file import load_scores
 from megascore.weights.huggingface.checkpoint import HuggingFaceCheckpoint
 from megascore.weights.huggingface.config import read_config
-from megascore.weights.huggingface.folder import INDEX, SINGLE
+from megascore.weights.huggingface.folder import INDEX, SINGLE, StoredTensor
 from megascore.weights.huggingface.sources import all_tensors, is_known_extra
 
-__all__ = ["RECORD", "prune"]
+__all__ = ["RECORD", "Replaced", "check_output", "prune"]
 
 logger = logging.getLogger(__name__)
+
+TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Replaced: TypeAlias = Callable[[str, int], "Tensor | None"]
+"""Takes the name of a tensor of the parent (with ``#`` and an expert's number where all experts are in one) and its
+layer; returns the smaller model's values, in its shape, or None where they are the parent's."""
 
 RECORD = "megascore_prune.json"
 """What was done, beside the weights."""
@@ -50,6 +57,8 @@ def prune(
     *,
     sort_only: bool = False,
     scores: str | Path | None = None,
+    replaced: Replaced | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the smaller model of a plan; the folder appears whole or not at all, and the input is never changed.
 
@@ -63,6 +72,8 @@ def prune(
             each smaller one of the same order is a prefix of it. Sorted is what the plan has methods for, but for
             layers.
         scores: The score file behind the plan, for ``sort_only``; None for the path that the plan names.
+        replaced: Returns what takes the place of a tensor of the parent, cut already; see `Replaced`.
+        record: Further entries for ``megascore_prune.json``.
 
     Raises:
         PlanError: the plan is damaged, of another model, or can't be expressed in config.json; something is there
@@ -70,8 +81,7 @@ def prune(
         ModelError: the parent is no whole checkpoint of a known family.
     """
     parent, target = Parent.of(folder), Path(output)
-    if os.path.lexists(target):
-        raise PlanError(f"{target} exists already: give the path of a new folder.")
+    check_output(target)
     wanted = plan if isinstance(plan, Plan) else read_plan(plan, parent)
     if wanted.weights_fingerprint != parent.fingerprint:
         raise PlanError(f"the plan is for {wanted.model}, and {parent.folder} has other weights: name that model.")
@@ -99,11 +109,21 @@ def prune(
                 f"config.json of a {wanted.model_type} can't express the plan: it would be read as "
                 f"{found.architecture}, and {config.architecture} is meant."
             )
-        _write_weights(parent, tensors, temporary)
+        _write_weights(parent, tensors, temporary, replaced)
         copy_other_files(parent.folder, temporary)
-        record = json.dumps(_record(parent, wanted, units, sort_only), ensure_ascii=False)
-        (temporary / RECORD).write_text(record + "\n", encoding="utf-8")
+        text = json.dumps({**_record(parent, wanted, units, sort_only), **(record or {})}, ensure_ascii=False)
+        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
         HuggingFaceCheckpoint(read_config(temporary), temporary).check()
+
+
+def check_output(output: str | Path) -> None:
+    """Refuse a folder that is there. Not collective.
+
+    Raises:
+        PlanError: naming it.
+    """
+    if os.path.lexists(output):
+        raise PlanError(f"{output} exists already: give the path of a new folder.")
 
 
 def _sorted(parent: Parent, plan: Plan, scores: str | Path | None) -> Units:
@@ -127,7 +147,23 @@ def _refuse_unknown_tensors(parent: Parent) -> None:
         )
 
 
-def _write_weights(parent: Parent, tensors: list[KeptTensor], folder: Path) -> None:
+def _blocks(picker: Picker, tensor: KeptTensor, stored: StoredTensor, replaced: Replaced | None) -> Iterator[Tensor]:
+    """Yield the values of a tensor of the smaller model: what stays of the parent's, or what takes its place."""
+    name, layer = tensor.source.name, tensor.source.layer
+    if replaced is None or layer is None:
+        yield from picker.blocks(tensor, name)
+        return
+    # Where all experts are in one tensor, each may have its own.
+    parts = [(f"{name}#{entry[0]}", replace(tensor, experts=(entry,))) for entry in tensor.experts or ()]
+    for part_name, part in parts or [(name, tensor)]:
+        values = replaced(part_name, layer)
+        if values is None:
+            yield from picker.blocks(part, name)
+        else:
+            yield values.to(TORCH_TYPES[stored.dtype])
+
+
+def _write_weights(parent: Parent, tensors: list[KeptTensor], folder: Path, replaced: Replaced | None) -> None:
     """Write the weights into as many files as the parent has, as far as something of each is left."""
     stored = parent.checkpoint.folder.tensors
     files: dict[Path, dict[str, KeptTensor]] = {}
@@ -142,7 +178,8 @@ def _write_weights(parent: Parent, tensors: list[KeptTensor], folder: Path) -> N
             planned = {key: Planned(stored[t.source.name].dtype, t.shape) for key, t in group.items()}
 
             def make(key: str, group: dict[str, KeptTensor] = group) -> Iterator[Tensor]:
-                return picker.blocks(group[key], group[key].source.name)
+                tensor = group[key]
+                return _blocks(picker, tensor, stored[tensor.source.name], replaced)
 
             write_tensors(folder / name, planned, make)
             weight_map.update(dict.fromkeys(planned, name))

@@ -24,7 +24,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from megascore import hooks
-from megascore.hooks import IterativeChannelContributionHook
+from megascore.hooks import IterativeChannelContributionHook, MomentsHook
+from megascore.hooks.registry import methods_of
+from megascore.hooks.sharing import together
 
 SEQUENCE, BATCH, CHANNELS, OUTPUTS = 512, 4, 4096, 1024
 QUERY_HEADS, KV_HEADS = 32, 8
@@ -67,6 +69,12 @@ def published_iterative(module: Any, linear: nn.Linear, calibration: str | None,
     hook.pruned_channels = torch.randperm(CHANNELS)[:num_pruned].tolist()
     hook.curr_iter = num_pruned * 10**6 // CHANNELS
     return hook
+
+
+def everything(linear: nn.Linear) -> Any:
+    """The hook that keeps what every method of FFN channels needs."""
+    of_ffn = [method.hook for method in methods_of("ffn").values()]
+    return together(frozenset(hook for hook in of_ffn if issubclass(hook, MomentsHook)))(linear)
 
 
 def bare_loop(x: Tensor) -> Run:
@@ -119,6 +127,7 @@ def contests(dtype: torch.dtype, device: str, published: Any) -> list[Contest]:
         *([("abs and products with ones, a bare loop", bare_loop(x), None)] if device == "cpu" else []),
         (FORWARD, lambda: linear(x), None),
         pair("L2NormHook", linear, y, "L2NormHook"),
+        ("the moments of all methods together", call(everything(linear), linear, y), None),
         pair("IndependentChannelContributionHook", linear, y, "IndependentChannelContributionHook", linear),
         pair("LayerNormContributionHook", norm, x, "LayerNormContributionHook", norm, {}),
         iterative("Iterative, nothing pruned", None, 0),

@@ -152,10 +152,10 @@ def test_weights_and_hooks_are_counted_by_their_types(models: Path) -> None:
         line for line in planned.sites if line.key == "decoder.layers.3.mlp.experts.2.linear_fc2/expert_ffn/l2_norm"
     )
     assert planned.sites[line] == [3]
-    # The sums, and the numbers of calls and tokens.
-    assert line.kept_bytes == (ffn + 2) * float64
-    # These, and the scores.
-    assert line.finish_bytes == (ffn + 2 + ffn) * float64
+    # The sums, and the numbers of calls and tokens: of all steps, up to the last one, and of 8 groups of steps.
+    assert line.kept_bytes == (1 + 1 + 8) * (ffn + 2) * float64
+    # Those of all steps and of the groups, and the scores with all groups and without each.
+    assert line.finish_bytes == (1 + 8) * (ffn + 2 + ffn) * float64
 
 
 class RequestOfLists(ScoreRequest):
@@ -182,7 +182,7 @@ def test_it_shows_every_site_and_what_is_not_ready(models: Path) -> None:
         ranks = "0-1" if layer < 2 else "2-3"
         assert f"decoder.layers.{layer}.mlp.linear_fc2/ffn/l2_norm" in shown
         row = next(row for row in shown.splitlines() if f"layers.{layer}.input_layernorm/" in row)
-        assert row.split()[1:] == ["64", "of", "64", "tp=sum*", "pp=own", ranks, "536", "B", "520", "B"]
+        assert row.split()[1:] == ["64", "of", "64", "tp=sum*", "pp=own", ranks, "5.4", "kB", "520", "B"]
     assert "No hook: 4 x attention output projection, by KV head: not in 'scores'" in shown
     assert any(row.startswith("2-3 ") for row in shown.splitlines())
     assert "The 4 ranks were pretended by one process" in shown

@@ -50,8 +50,9 @@ class FluctuationHook(
             self._state["sum"] += counted.sum(0)
             self._state["sum_of_squares"] += counted.square().sum(0)
 
-    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
-        self._require_data(state)
+    @classmethod
+    def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+        cls._require_data(state)
         mean, mean_square = (state[name] / state["num_tokens"] for name in ("sum", "sum_of_squares"))
         return {"score": state["weight_norm"].square() * (mean_square - mean.square()).clamp(min=0)}
 

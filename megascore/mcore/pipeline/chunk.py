@@ -95,6 +95,19 @@ class ChunkRunner:
             output = self._layers[position](*call.args, **call.kwargs)
         self._feed.keep(position, index, output)
 
+    @torch.no_grad()
+    def look_at_layer(self, position: int, index: int) -> None:
+        """Run a layer on a micro-batch for what hooks see of it: its input stays for the next time.
+
+        Collective over the ranks that share the chunk. Arguments as of `run_layer`.
+        """
+        call = self._feed.call(position, index)
+        self._layers[position](*call.args, **call.kwargs)
+
+    def mask_of(self, index: int) -> Tensor | None:
+        """Return which tokens of a micro-batch count, bool [B, S]; None for all."""
+        return self._micro_batches[index][1]
+
     @contextmanager
     def finishing(self, run: ScoringRun | None) -> Iterator[Callable[[int], LossSums | None]]:
         """Give a function that runs what follows the layers, for a micro-batch; it returns the loss if there is one.
