@@ -68,7 +68,8 @@ class PartialPasses:
             for number, chunk in self._own.items()
         }
         self.before: dict[int, Tensor] = {}
-        """Hidden states before each layer of this rank, [S here, B, H], of the micro-batch that went through last."""
+        """Hidden states before each layer of this rank, [S here, B, H], of the last micro-batch; to be cleared by
+        who needs them no more."""
 
     def stage_of_layer(self, layer: int) -> int:
         """Return the pipeline stage that has a layer; of the number behind the last layer, that with the output."""
@@ -88,7 +89,6 @@ class PartialPasses:
         Returns:
             The end, on ranks of the last stage.
         """
-        self.before.clear()
         return self._run(micro_batch, WHOLE)
 
     def without(self, layer: int, micro_batch: MicroBatch) -> Ending | None:

@@ -115,6 +115,8 @@ class WithoutLayers:
         with self._scoring.paused(), output_layers(self._chunks, run=self._computes_loss):
             for number, tokens in enumerate(micro_batches):
                 self._measure((tokens, None if masks is None else masks[number]), sums)
+                # Not kept while other passes run.
+                self._passes.before.clear()
         if self._passes.num_stages > 1:
             dist.all_reduce(table, group=parallel_state.get_pipeline_model_parallel_group())
         _blame_first_bad_layer(table, sums["spoiled"])
