@@ -25,7 +25,7 @@ from megascore.runs.scoring_run import ScoringRun
 from megascore.scores.score_file import Scores
 from megascore.sites.places import ModelView
 from megascore.sites.plain import PlainModelView
-from megascore.sites.requests import ScoreRequest, resolve_scores
+from megascore.sites.requests import ScoreRequest, refuse_needing_job, resolve_scores
 from megascore.sites.towers import part_of
 
 __all__ = ["attach", "score_blockwise", "view_of"]
@@ -72,13 +72,14 @@ def attach(
         A run: use it as a context manager, call ``step()`` after each batch and ``finish()`` at the end.
 
     Raises:
-        ConfigError: both recipe and scores given, or unknown ones.
+        ConfigError: both recipe and scores given, or unknown ones; or scores that only a job can measure.
         ModelError: the model has no modules that megascore knows, or none for one of the scores.
         LayoutError: ranks disagree, or a parallel axis of the model cannot be placed.
     """
     if recipe is not None and scores is not None:
         raise ConfigError(f"attach was given recipe={recipe!r} and scores: give one of them.")
     requests = resolve_scores(scores if scores is not None else recipe or "low_loss")
+    refuse_needing_job(requests, "attach")
     _warn_of_lone_processes()
     agree("looking at the metadata", lambda: _check_metadata(metadata))
     view = agree("looking at the model", lambda: view_of(_part_of(model, part)))
@@ -129,13 +130,14 @@ def score_blockwise(
         metadata: JSON-able entries for the score file.
 
     Raises:
-        ConfigError: unknown scores, iterations that are no multiple of the number of batches, one tensor in place of
-            batches, or a device that is not there.
+        ConfigError: unknown scores, or such as only a job can measure; iterations that are no multiple of the number
+            of batches, one tensor in place of batches, or a device that is not there.
         DataError: no batches, other numbers of them on other ranks, or a spool folder that is full or damaged.
         ModelError: no such blocks, or blocks that are not reached as they are given; a checkpoint that does not fit;
             or, with ``cache_block_outputs``, a model for which that gives something else than a full pass.
     """
     requests = resolve_scores(scores)
+    refuse_needing_job(requests, "score_blockwise")
     _warn_of_lone_processes()
     agree("looking at the batches", lambda: refuse_single_tensor(batches))
     if isinstance(model, (str, Path)):

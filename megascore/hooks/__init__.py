@@ -24,7 +24,9 @@ from megascore.hooks.moments import MomentsHook
 from megascore.hooks.query_heads import QueryHeadContributionHook
 from megascore.hooks.random_order import RandomHook
 from megascore.hooks.router_weighted_norm import ExpertFrequencyHook, OutputNormHook, RouterWeightedNormHook
+from megascore.hooks.span_similarity import SpanSimilarityHook
 from megascore.hooks.statistics import Merge, State, Statistic
+from megascore.hooks.without_layer import LossWithoutHook, OutputErrorHook
 
 __all__ = [
     "BlockSimilarityHook",
@@ -38,15 +40,18 @@ __all__ = [
     "L2MeanHook",
     "L2NormHook",
     "LayerNormContributionHook",
+    "LossWithoutHook",
     "MeanMeanHook",
     "Merge",
     "MomentsHook",
+    "OutputErrorHook",
     "OutputNormHook",
     "QueryHeadContributionHook",
     "RandomHook",
     "RoutedL2NormHook",
     "RoutedMeanHook",
     "RouterWeightedNormHook",
+    "SpanSimilarityHook",
     "State",
     "Statistic",
     "VarianceHook",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megascore.errors import HookStateError
 from megascore.hooks.base import ForwardHook
 from megascore.hooks.statistics import State, Statistic
-from megascore.kernels import reductions
 from megascore.kernels.exact import exact
+from megascore.kernels.pairs_of_rows import sum_of_cosines
 
 __all__ = ["BlockSimilarityHook"]
 
@@ -38,25 +37,10 @@ class BlockSimilarityHook(
                 f"got {list(inputs.shape)} and {list(output.shape)}."
             )
         self._begin_call(inputs, token_mask, num_channels=1)
-        dtype = reductions.accumulation_dtype(inputs.dtype)
-        # One scratch copy of each side, and one product.
-        bytes_each = 3 * inputs.shape[-1] * dtype.itemsize
-        for (before, after), mask in reductions.token_views([inputs, output], token_mask):
-            for start, stop in reductions.chunks(len(before), bytes_each, inputs.device):
-                cosines = _cosines(before[start:stop].to(dtype), after[start:stop].to(dtype))
-                if mask is not None:
-                    cosines.masked_fill_(~mask[start:stop], 0)
-                self._state["sum_of_cosines"] += cosines.sum(dtype=torch.float64)
+        self._state["sum_of_cosines"] += sum_of_cosines(inputs, output, token_mask)
 
     @classmethod
     def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [1]; ``num_calls`` has no part in it."""
         cls._require_data(state)
         return {"score": 1 - state["sum_of_cosines"] / state["num_tokens"]}
-
-
-def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Return the cosine of each row of ``x`` [T, H] with that of ``y``: [T]; 0 where one of them is all zeros."""
-    norms: Tensor = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-    cosines: Tensor = (x * y).sum(-1) / norms.clamp(min=torch.finfo(x.dtype).tiny)
-    return cosines

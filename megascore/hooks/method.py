@@ -36,6 +36,8 @@ class HasMethod:
 
     measures: ClassVar[Method | None] = None
     """The score that the class computes; None for a base of several."""
+    needs_job: ClassVar[bool] = False
+    """Whether no single module sees what is measured, so that only a job that runs the model itself can measure it."""
 
     def __init_subclass__(
         cls,

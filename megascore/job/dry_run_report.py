@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
+from megascore.hooks.registry import methods_of
 from megascore.job.planned import DryRun, OneLayer, RankPlan
 from megascore.scores.charts import format_ranges
+from megascore.scores.score_file import split_key
 from megascore.sites.inventory import grouped
 
 __all__ = ["format_bytes", "render_dry_run"]
@@ -102,6 +104,7 @@ def _world(dry_run: DryRun) -> Iterator[str]:
     yield f"A step is {dry_run.samples_of_step} samples on a rank."
     yield f"The end of the run sends {format_bytes(dry_run.finish_bytes)} from each rank, in two all-reduces, once."
     yield from _one_layer(dry_run)
+    yield from _further_passes(dry_run)
     cpu, gpu = format_bytes(CPU_SCRATCH_BYTES), format_bytes(GPU_SCRATCH_BYTES)
     yield "Activations of the model come on top, and what a hook has while it runs: what other ranks send it, and"
     yield f"up to {cpu} on a CPU, {gpu} on a GPU."
@@ -129,6 +132,25 @@ def _one_layer(dry_run: DryRun) -> Iterator[str]:
         )
     for reason in sorted({memory.whole_because for memory in ranks if memory.whole_because is not None}):
         yield f"The whole model is built on the device first: {reason}. Then its layers wait in host memory."
+
+
+def _further_passes(dry_run: DryRun) -> Iterator[str]:
+    """Say what the scores cost that no module sees."""
+    layers: dict[str, set[str]] = defaultdict(set)
+    for line in dry_run.sites:
+        site, target, method = split_key(line.key)
+        # Several methods of one hook have a name together, and none of them is of this kind.
+        own = methods_of(target).get(method)
+        if own is not None and own.hook.needs_job:
+            layers[method].add(site)
+    if not layers:
+        return
+    number = max(map(len, layers.values()))
+    passes = 1 if set(layers) == {"span_similarity"} else (number + 1) / 2
+    yield (
+        f"For {', '.join(layers)} each step takes about {passes:g} further forward passes. The hidden states of one "
+        "micro-batch before each layer of the rank stay in memory meanwhile."
+    )
 
 
 def _spans(ranks: Sequence[int]) -> str:

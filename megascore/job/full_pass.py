@@ -10,6 +10,7 @@ from megascore.job.inputs import JobInputs, load_chunks
 from megascore.job.loss import LossTotal
 from megascore.job.watch import Watch
 from megascore.mcore.pipeline.schedule import forward_only
+from megascore.mcore.pipeline.without_layers import WithoutLayers
 from megascore.mcore.sites.view import MegatronModelView
 from megascore.parallel.comm import agree
 from megascore.runs.scoring_run import ScoringRun
@@ -50,6 +51,7 @@ def _run_data(
     """Run the steps that are left, with what happens between them."""
     samples, share, total = inputs.samples, inputs.share, inputs.total_steps
     device, start = inputs.form.device, run.num_steps
+    without_layers = WithoutLayers.of(chunks, run)
 
     def steps() -> Iterator[int]:
         for step in range(start, total):
@@ -65,7 +67,10 @@ def _run_data(
     def run_step(step: int) -> None:
         slices = share.micro_batches(step, samples.num_samples)
         micro_batches = [samples.tokens_of(part).to(device, non_blocking=True) for part in slices]
-        loss.add(forward_only(chunks, micro_batches, inputs.computes_loss, samples.masks_of(slices), run))
+        masks = samples.masks_of(slices)
+        loss.add(forward_only(chunks, micro_batches, inputs.computes_loss, masks, run))
+        if without_layers is not None:
+            without_layers.run(micro_batches, masks)
 
     tokens_per_step = share.global_batch_size * inputs.form.sequence_length
     with watch.progress(total, tokens_per_step, start) as progress:

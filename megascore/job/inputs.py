@@ -27,7 +27,7 @@ from megascore.mcore.models.source import ModelSource
 from megascore.mcore.world.groups import data_axis
 from megascore.parallel.comm import agree, broadcast_object, world_rank
 from megascore.resume.snapshot import fingerprint_of, identity_of
-from megascore.sites.requests import ScoreRequest, resolve_scores
+from megascore.sites.requests import ScoreRequest, refuse_needing_job, resolve_scores
 
 __all__ = ["JobInputs", "check_inputs", "check_job", "check_model", "load_chunks", "problems", "read_inputs"]
 
@@ -71,8 +71,10 @@ def check_model(config: JobConfig) -> ModelSource:
     """Check what needs no weights, no data and no output: the model, and whether it splits so. Not collective.
 
     Raises:
-        MegascoreError: a wrong model or layout.
+        MegascoreError: a wrong model or layout, or scores that can't be had layer by layer.
     """
+    if config.run.blockwise:
+        refuse_needing_job(resolve_scores(config.scores), "run.blockwise=true")
     source = model_source(config.model)
     source.builder.check(config.parallel)
     check_sequence_length(config.data.sequence_length, config.parallel)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megascore.errors import PlanError
+from megascore.plans.spans import check_span, is_of_spans, span_values
 from megascore.scores.assemble import MODEL_SITE, layer_of
 from megascore.scores.ranking import known_target
 from megascore.scores.score_file import Scores, Unseen, split_key
@@ -78,7 +79,8 @@ class ScoreOrders:
         if key is None:
             raise PlanError(f"the score file has no {target}/{method} of {_words(unit)}: score it with this target.")
         unseen = self._unseen.get(key, [])
-        if unseen:
+        of_spans = is_of_spans(target, method)
+        if unseen and not of_spans:
             self.unreached[key] = unseen
         if unseen == "all":
             if expert is None:
@@ -91,7 +93,24 @@ class ScoreOrders:
                 f"the score file has {len(values)} scores for {key}, and the model has {size} units there: they are "
                 "of different models."
             )
-        return values  # Unseen entries are -1, below all that was measured.
+        if of_spans:
+            return span_values(values, unseen)
+        # Below all that was measured, which may be negative.
+        values[unseen] = -torch.inf
+        return values
+
+    def check_kept(self, target: str, num_kept: int) -> None:
+        """Refuse a number of units to keep that the scores of a target say nothing about; after `values`.
+
+        Raises:
+            PlanError: target ``layers`` was scored by spans of another number of layers than go.
+        """
+        method = self.methods.get(target, "")
+        if is_of_spans(target, method):
+            key = self._keys[target][method][target, None, None]
+            unseen, num_units = self._unseen.get(key, []), len(self._scores[key])
+            assert unseen != "all", "values() has refused it"
+            check_span(unseen, num_units, num_units - num_kept)
 
     def _method(self, target: str) -> str:
         methods = self._keys.get(target, {})

@@ -139,6 +139,7 @@ def plan_for(found: Scores, path: str, parent: Parent, request: PlanRequest) -> 
         )
     orders = ScoreOrders(found, request.methods)
     units = choose_units(config, sizes, orders)
+    orders.check_kept("layers", sizes["layers"])
     if request.per_layer:
         units = _spread(parent, request, units, orders)
     after = model_size(config, units, parent.bytes_per_value)

@@ -63,12 +63,14 @@ def _unsure_warnings(scores: Scores, cut: list[str], orders: ScoreOrders) -> lis
 
 
 def _spread_warning(scores: Scores, target: str, method: str) -> str | None:
-    vectors = [scores[key] for key in scores if key.endswith(f"/{target}/{method}")]
+    keys = [key for key in scores if key.endswith(f"/{target}/{method}")]
     if target == "hidden_size":
-        vectors = [scores[f"decoder/{target}/{method}"]]
+        keys = [f"decoder/{target}/{method}"]
     ratios = []
-    for vector in vectors:
-        measured = vector[vector >= 0]
+    for key in keys:
+        seen = torch.ones(len(scores[key]), dtype=torch.bool)
+        seen[list(scores.unseen.get(key, []))] = False
+        measured = scores[key][seen]
         if len(measured) > 1:
             low, high = torch.quantile(measured, torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
             ratios.append(high / low if low > 0 else float("inf"))

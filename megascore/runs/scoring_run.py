@@ -79,11 +79,14 @@ class ScoringRun(Closing):
         self._token_mask: Tensor | None = None
         self._evaluation = Evaluation(view.modules)
         self._is_open = True
+        self._is_paused = False
         self._order: dict[str, None] = {}
         """Keys of the sites, in the order in which they have run first."""
         self._warned_of_training = False
         self._handles: list[RemovableHandle] = []
         for site in self.sites:
+            if site.hook.needs_job:
+                continue  # No module sees it; the job feeds the hook.
             self._handles.append(site.place.module.register_forward_hook(self._forward_hook(site), with_kwargs=True))
         for follower in dict.fromkeys(site.place.mask_follower for site in self.sites):
             if follower is not None:
@@ -150,6 +153,15 @@ class ScoringRun(Closing):
             yield
         finally:
             self._token_mask = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing of forward passes inside, such as those that a job runs for a score. Not collective."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def step(self) -> None:
         """End a step: ranks that hold parts of the same samples add them up.
@@ -282,7 +294,7 @@ class ScoringRun(Closing):
         @never_compiled
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             # A function that was compiled with this hook calls it also when it is gone.
-            if is_recomputation() or not self._is_open:
+            if is_recomputation() or self._is_paused or not self._is_open:
                 return
             if module.training:
                 self._warn_of_training()

@@ -43,7 +43,8 @@ __all__ = [
 SCHEMA_VERSION = 2
 """Version 1 had scores alone; it is read as before."""
 UNSEEN_VALUE = -1.0
-"""Stands in a vector where no token reached an entry: no measured score is below zero, so it can't be taken for one."""
+"""Stands in a vector where no token reached an entry. A measured score may be the same number, for some are below zero:
+what was not measured is told by `Scores.unseen` alone."""
 
 Unseen: TypeAlias = list[int] | Literal["all"]
 """Entries of one vector that no token reached: their indices, or ``"all"`` for a vector that isn't there at all."""

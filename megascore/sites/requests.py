@@ -13,7 +13,15 @@ from megascore.hooks.method import Method
 from megascore.hooks.registry import methods_of
 from megascore.sites.targets import TARGETS, PlaceKind, Target, check_methods
 
-__all__ = ["RECIPES", "ScoreRequest", "check_num_steps", "names_of_methods", "recipe", "resolve_scores"]
+__all__ = [
+    "RECIPES",
+    "ScoreRequest",
+    "check_num_steps",
+    "names_of_methods",
+    "recipe",
+    "refuse_needing_job",
+    "resolve_scores",
+]
 
 
 def names_of_methods(target: str) -> tuple[str, ...]:
@@ -99,9 +107,9 @@ RECIPES: dict[str, tuple[ScoreRequest, ...]] = {
         ScoreRequest("shared_expert_ffn", "l2_norm", where_present=True),
     ),
 }
-"""Named lists of scores, each in one pass. ``low_loss``: for each target what loses least, by tests/benchmarks/quality.py,
-of what one pass without further forward passes can give. ``minitron``: the activation scores of arXiv:2407.14679,
-section 2.2; of a model with experts also theirs."""
+"""Named lists of scores, each in one pass. ``low_loss``: for each target what lost least by tests/benchmarks/quality.py,
+of what needs no further forward passes. ``minitron``: the activation scores of arXiv:2407.14679, section 2.2; of a
+model with experts also theirs."""
 
 
 ALL = "all"
@@ -121,8 +129,13 @@ def recipe(name: str) -> tuple[ScoreRequest, ...]:
         ScoreRequest(target, method, where_present=True)
         for target in TARGETS
         for method in names_of_methods(target)
-        if getattr(methods_of(target)[method].hook, "additive")  # noqa: B009 - one of ForwardHook's
+        if _in_one_pass(methods_of(target)[method])
     )
+
+
+def _in_one_pass(method: Method) -> bool:
+    additive: bool = getattr(method.hook, "additive")  # noqa: B009 - one of ForwardHook's
+    return additive and not method.hook.needs_job
 
 
 def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> tuple[ScoreRequest, ...]:
@@ -165,6 +178,25 @@ def check_num_steps(requests: Iterable[ScoreRequest], num_steps: int) -> None:
                 f"steps, and each step is one iteration: set iterations={num_steps}, or change run.steps, "
                 "run.global_batch_size or data.num_samples."
             )
+
+
+def refuse_needing_job(requests: Iterable[ScoreRequest], where: str) -> None:
+    """Refuse scores that only a job can measure, which runs the whole model itself. Not collective.
+
+    Args:
+        requests: What is asked for.
+        where: What is no such job, for the error: "attach".
+
+    Raises:
+        ConfigError: naming the scores.
+    """
+    names = [f"{request.target}/{request.method}" for request in requests if request.definition.hook.needs_job]
+    if names:
+        raise ConfigError(
+            f"{where} can't measure {', '.join(names)}: that takes further forward passes, without layers or over "
+            "several of them, and the whole model in memory. Use a job that runs the model itself, torchrun -m "
+            "megascore score CONFIG with run.blockwise=false; or score layers by block_similarity."
+        )
 
 
 def _resolve_entry(entry: Mapping[str, Any] | ScoreRequest, position: int) -> ScoreRequest:

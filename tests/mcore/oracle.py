@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "expected_contributions",
     "expected_moments",
     "expected_scores",
+    "expected_without_layers",
     "iterative_ranks",
     "moment_scores",
     "projection_moments",
@@ -214,3 +216,43 @@ def _iterative_ranks(steps: list[tuple[Tensor, Tensor]], weight: Tensor) -> Tens
     ranks = torch.empty(num_channels, dtype=torch.float64)
     ranks[pruned] = torch.arange(num_channels, dtype=torch.float64)
     return ranks
+
+
+@torch.no_grad()
+def expected_without_layers(model: Any, tokens: Tensor, lengths: Sequence[int], span: int) -> dict[str, Tensor]:
+    """Scores of layers that take further passes; samples run one by one, and their first tokens count."""
+    layers = model.decoder.layers
+    outputs = [_run_whole(model, sample, length) for sample, length in zip(tokens, lengths, strict=True)]
+    num_predicted = sum(length - 1 for length in lengths)
+    rises, errors = [], []
+    for number in range(len(layers)):
+        model.decoder.layers = nn.ModuleList([layer for other, layer in enumerate(layers) if other != number])
+        without = [_run_whole(model, sample, length) for sample, length in zip(tokens, lengths, strict=True)]
+        model.decoder.layers = layers
+        rises.append((sum(nats for nats, _ in without) - sum(nats for nats, _ in outputs)) / num_predicted)
+        difference = sum(((h - g) ** 2).sum() for (_, h), (_, g) in zip(without, outputs, strict=True))
+        errors.append(difference / sum((h**2).sum() for _, h in outputs))
+    recorder = Recorder(model)
+    for sample in tokens:
+        _run_whole(model, sample, 1)
+    similarity = torch.zeros(len(layers), dtype=torch.float64)
+    for first in range(len(layers) - span + 1):
+        sides = recorder.inputs[f"decoder.layers.{first}"], recorder.outputs[f"decoder.layers.{first + span - 1}"]
+        before, after = ([h[:n] for h, n in zip(calls, lengths, strict=True)] for calls in sides)
+        cosines = [torch.cosine_similarity(x, y, dim=-1).flatten() for x, y in zip(before, after, strict=True)]
+        similarity[first] = 1 - torch.cat(cosines).mean()
+    return {
+        "decoder/layers/loss_without": torch.stack(rises),
+        "decoder/layers/output_error": torch.stack(errors),
+        "decoder/layers/span_similarity": similarity,
+    }
+
+
+def _run_whole(model: Any, sample: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the nats of the predicted tokens, and the hidden states before the final norm, of the first tokens."""
+    caught: list[Tensor] = []
+    handle = model.decoder.final_layernorm.register_forward_pre_hook(lambda _, args: caught.append(args[0].double()))
+    logits = model(sample[None], torch.arange(len(sample))[None], None)[0].double()
+    handle.remove()
+    nats = nn.functional.cross_entropy(logits[: length - 1], sample[1:length], reduction="sum")
+    return nats, caught[0][:length]

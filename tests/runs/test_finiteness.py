@@ -31,7 +31,9 @@ def request_of(target: str, method: str) -> dict[str, Any]:
 
 
 def reads_activations(target: str, method: str) -> bool:
-    return getattr(methods_of(target)[method].hook, "reads_activations")  # noqa: B009 - one of ForwardHook's
+    hook = methods_of(target)[method].hook
+    # What jobs measure is in tests/job/test_without_layers.py.
+    return getattr(hook, "reads_activations") and not hook.needs_job  # noqa: B009 - one of ForwardHook's
 
 
 DENSE = [(t, m) for t in TARGETS for m in names_of_methods(t) if "expert" not in t and reads_activations(t, m)]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import megascore
 from megascore.config import ParallelConfig
-from megascore.errors import ModelError
+from megascore.errors import ConfigError, ModelError
 from megascore.hooks.registry import methods
+from megascore.sites.requests import resolve_scores
 from megascore.sites.targets import TARGETS
 from tests.blockwise import tiny_decoder
 from tests.blockwise.tiny_decoder import TinyDecoder
@@ -42,8 +43,9 @@ OF_PACKAGE = [
     pair
     for pair, method in methods().items()
     # A random score is what its generator says, in tests/hooks/test_random_order.py.
-    if method.hook.__module__.startswith("megascore.") and pair[1] != "random"
+    if method.hook.__module__.startswith("megascore.") and pair[1] != "random" and not method.hook.needs_job
 ]
+NEEDING_JOB = [pair for pair, method in methods().items() if method.hook.needs_job]
 ROUTED = {"experts", "expert_ffn", "shared_expert_ffn"}
 TOLERANCE = 1e-9
 """float64: only the order of additions differs."""
@@ -181,3 +183,14 @@ def test_every_pair_is_its_oracles_or_refused(kind: Callable[[], Found], missing
             torch.testing.assert_close(value[keep], wanted[key][keep], rtol=TOLERANCE, atol=1e-12, msg=key)
         never_reached = {key for key in wanted if ".experts.4." in key or ".experts.5." in key}
         assert scores.keys() == wanted.keys() - never_reached, f"{target}/{method}"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("pair", NEEDING_JOB, ids="/".join)
+def test_what_only_a_job_measures_is_refused_elsewhere(pair: Pair) -> None:
+    scores, model = [dict(zip(("target", "method"), pair, strict=True))], TinyDecoder()
+    with pytest.raises(ConfigError, match=f"attach can't measure {'/'.join(pair)}: .*torchrun -m megascore score"):
+        megascore.attach(model, scores=scores)
+    with pytest.raises(ConfigError, match=f"score_blockwise can't measure {'/'.join(pair)}"):
+        megascore.score_blockwise(model, None, [], scores)
+    assert pair not in {(request.target, request.method) for request in resolve_scores("all")}
