@@ -129,7 +129,7 @@ def test_the_model_is_as_before_also_after_an_error(model: nn.Module) -> None:
     model.train()
     model.model.layers[1].eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    run = megascore.attach(model)
+    run = megascore.attach(model, recipe="minitron")
     with pytest.raises(RuntimeError, match="my own"), run:
         assert not any(module.training for module in model.modules())
         raise RuntimeError("my own")
@@ -150,7 +150,7 @@ def test_hooks_of_others_stay(model: nn.Module) -> None:
 
 def test_a_run_can_go_on_after_finish(model: nn.Module) -> None:
     tokens = make_tokens()
-    with megascore.attach(model) as run:
+    with megascore.attach(model, recipe="minitron") as run:
         model(tokens[:4])
         run.step()
         first = run.finish()

@@ -119,7 +119,7 @@ def test_inference_mode_may_come_and_go(at_attach: bool, modes: tuple[bool, ...]
 def test_training_mode_in_the_loop_is_warned_of_once() -> None:
     model = TinyDecoder()
     first, *rest = make_batches()
-    with megascore.attach(model):
+    with megascore.attach(model, recipe="minitron"):
         with pytest.warns(UserWarning, match="training mode"):
             model.train()(first)
         for batch in rest:
@@ -155,7 +155,7 @@ def test_a_closed_run_cannot_be_entered_again() -> None:
 def test_a_forward_pass_that_ended_early_is_warned_of() -> None:
     model = TinyDecoder()
     first, second, _ = make_batches()
-    with megascore.attach(model) as run:
+    with megascore.attach(model, recipe="minitron") as run:
         model(first)
         model.between = lambda x: 1 / 0  # type: ignore[assignment,return-value]
         with pytest.raises(ZeroDivisionError):
@@ -169,22 +169,22 @@ def test_modules_that_are_one_are_refused() -> None:
     model = TinyDecoder()
     model.layers[2].mlp = model.layers[1].mlp
     with pytest.raises(ModelError, match="decoder.layers.1.mlp.linear_fc2 and decoder.layers.2.mlp.linear_fc2 are one"):
-        megascore.attach(model)
+        megascore.attach(model, recipe="minitron")
     model.layers[2].mlp = copy.deepcopy(model.layers[1].mlp)
-    megascore.attach(model).close()
+    megascore.attach(model, recipe="minitron").close()
 
 
 def test_weights_that_are_not_in_memory_are_refused() -> None:
     model = TinyDecoder()
     model.layers[1].to("meta")
     with pytest.raises(ModelError, match="layers.1 has no weights in memory"):
-        megascore.attach(model)
+        megascore.attach(model, recipe="minitron")
 
 
 @pytest.mark.parametrize("model", ["llama", None, [], [3]])
 def test_what_is_no_model_is_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="the model is .*: expected a torch.nn.Module"):
-        megascore.attach(model)
+        megascore.attach(model, recipe="minitron")
 
 
 @pytest.mark.parametrize("scores", [3, {"target": "ffn"}])

@@ -60,7 +60,7 @@ def score(way: str, folder: Path, batches: list[torch.Tensor]) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with megascore.attach(model) as run, torch.no_grad():
+    with megascore.attach(model, recipe="minitron") as run, torch.no_grad():
         for batch in batches:
             model(batch)
             run.step()

@@ -60,7 +60,7 @@ def test_every_family_is_scored_as_by_a_full_pass(family: str, padded: bool, cac
 def test_padding_does_not_count_where_a_mask_says_so(cache_block_outputs: bool) -> None:
     model, batches = build("qwen2"), make_batches(True)
     masks = [batch.get("attention_mask") for batch in batches]
-    with megascore.attach(model) as run, torch.no_grad():
+    with megascore.attach(model, recipe="minitron") as run, torch.no_grad():
         for batch, mask in zip(batches, masks, strict=True):
             with run.masked(mask):
                 model(**batch)

@@ -153,7 +153,7 @@ def test_hooks_that_move_nothing_stay(hook: str) -> None:
 def test_attach_tells_what_takes_the_weights_away() -> None:
     model = add(TinyDecoder(), offloading)
     with pytest.raises(ModelError, match=rf"only while it runs: accelerate .*Call {REMOVE}, and attach\(\)"):
-        megascore.attach(model)
+        megascore.attach(model, recipe="minitron")
     with megascore.attach(remove(model)):
         pass
     with pytest.raises(ModelError, match=r"load the whole model before attach\(\)"):

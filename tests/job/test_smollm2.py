@@ -73,7 +73,7 @@ def score_and_loss(model: Path, tokens: Tensor, parallel: ParallelConfig) -> tup
 
     with parallel_world(parallel, CPU, timedelta(minutes=5)):
         chunks = load_model(ModelConfig(hf=str(model), dtype="float32"), parallel, CPU, SEQUENCE_LENGTH)
-        with megascore.attach(chunks) as run:
+        with megascore.attach(chunks, recipe="minitron") as run:
             losses = forward_only(chunks, [tokens], compute_loss=True)
             run.step()
         return dict(run.finish()), float(losses.nats) / losses.num_tokens
@@ -87,7 +87,7 @@ def test_a_smaller_one_loads_in_transformers_and_keeps_what_random_channels_woul
     import megascore
 
     parent = AutoModelForCausalLM.from_pretrained(model)
-    with torch.no_grad(), megascore.attach(parent) as run:
+    with torch.no_grad(), megascore.attach(parent, recipe="minitron") as run:
         parent(tokens)
         run.step()
     scores = run.finish()

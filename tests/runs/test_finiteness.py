@@ -58,7 +58,7 @@ def test_the_first_module_that_runs_is_named_and_not_the_first_by_name() -> None
     model = make_model("llama")
     # decoder.final_layernorm, and layers.1.input_layernorm before its mlp, come first in the alphabet.
     spoil(model, "layers.0.mlp.up_proj.weight")
-    with megascore.attach(model) as run, torch.no_grad():
+    with megascore.attach(model, recipe="minitron") as run, torch.no_grad():
         model(TOKENS)
         with pytest.raises(ModelError, match=r"what decoder\.layers\.0\.mlp\.linear_fc2 gives for ffn/l2_norm"):
             run.step()
@@ -67,7 +67,7 @@ def test_the_first_module_that_runs_is_named_and_not_the_first_by_name() -> None
 def test_numbers_that_are_too_large_are_found_too() -> None:
     model = make_model("llama").float()
     spoil(model, "layers.1.mlp.up_proj.weight", float("inf"))
-    with megascore.attach(model) as run, torch.no_grad():
+    with megascore.attach(model, recipe="minitron") as run, torch.no_grad():
         model(TOKENS)
         with pytest.raises(ModelError, match=r"layers\.1\.mlp\.linear_fc2 .* NaN or infinite"):
             run.step()

@@ -97,7 +97,7 @@ def test_scores_are_the_formulas_on_what_the_modules_gave(model_type: str) -> No
     model = make_model(model_type)
     inputs, outputs = record(model)
     with told(UNKNOWN.get(model_type, [])):
-        run = megascore.attach(model)
+        run = megascore.attach(model, recipe="minitron")
     with run, torch.no_grad():
         model(TOKENS)
         run.step()
@@ -153,7 +153,7 @@ def test_heads_that_do_not_fit_the_projection_are_refused_with_both_numbers(chan
     model = make_model("llama")
     change(model.layers[1].self_attn)
     with pytest.raises(ModelError, match=rf"decoder\.layers\.1\.self_attention\.linear_proj.*{message}"):
-        megascore.attach(model)
+        megascore.attach(model, recipe="minitron")
 
 
 def test_norms_of_unknown_positions_are_named_and_not_guessed() -> None:
@@ -163,7 +163,7 @@ def test_norms_of_unknown_positions_are_named_and_not_guessed() -> None:
     names = ("input_layernorm: LlamaRMSNorm", "post_attention_layernorm: LlamaRMSNorm", "third_norm: RMSNorm")
     assert PlainModelView(model).unknown == [f"decoder.layers.{n}.{name}" for n in (0, 1) for name in names]
     with pytest.warns(UserWarning, match=r"scores nothing.*decoder\.layers\.\*\.third_norm: RMSNorm \(2 layers\)"):
-        run = megascore.attach(model)
+        run = megascore.attach(model, recipe="minitron")
     with run:
         model(TOKENS)
     assert [key for key in run.finish() if "hidden_size" in key] == [
@@ -213,7 +213,7 @@ def test_what_has_no_score_stands_in_the_score_file() -> None:
     extra: Any = model
     extra.layers[1].mixer = nn.Linear(32, 32).double()
     with told(["decoder.layers.1.mixer: Linear"]):
-        run = megascore.attach(model)
+        run = megascore.attach(model, recipe="minitron")
     with run, torch.no_grad():
         model(TOKENS)
     assert run.finish().metadata["not_scored"] == {"decoder.layers.1.mixer": "Linear"}

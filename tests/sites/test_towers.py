@@ -37,7 +37,7 @@ def test_of_a_vision_and_a_language_model_the_language_model_is_scored() -> None
     model = make_llava()
     assert find_tower(model).path == "model.language_model.layers"
     with pytest.warns(UserWarning, match=r"scores nothing in them: .*vision_tower"):
-        run = megascore.attach(model)
+        run = megascore.attach(model, recipe="minitron")
     with run, torch.no_grad():
         model(TOKENS)
     scores = run.finish()
@@ -64,7 +64,7 @@ def test_the_decoder_of_an_encoder_decoder_is_scored_and_the_encoder_named() -> 
 def test_towers_of_which_none_is_the_language_model_are_named_with_how_to_choose() -> None:
     model = TwoTowers()
     with pytest.raises(ModelError, match=r"\(first\.layers, second\.layers\).* attach\(model, part='second'\)"):
-        megascore.attach(model)
+        megascore.attach(model, recipe="minitron")
     with megascore.attach(model, part="second") as run, torch.no_grad():
         model.second(TOKENS)
     scores = run.finish()
@@ -86,4 +86,4 @@ def test_models_of_other_names_are_refused_by_what_they_have(model_type: str) ->
     sizes |= {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
     model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes))
     with pytest.raises(ModelError, match=r"It has, of kinds that are not known: decoder\.layers\.\*"):
-        megascore.attach(model)
+        megascore.attach(model, recipe="minitron")

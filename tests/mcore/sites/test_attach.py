@@ -71,7 +71,7 @@ def score_wrapped(checkpoint: str) -> list[dict[str, Tensor]]:
         wrapped = DistributedDataParallel(half.config, config, load(checkpoint, parallel)[0])
         for model in (plain, wrapped, Float16Module(half.config, half)):
             positions = torch.arange(SEQUENCE_LENGTH).expand(2, -1)
-            with megascore.attach(model) as run, torch.no_grad():
+            with megascore.attach(model, recipe="minitron") as run, torch.no_grad():
                 model(make_tokens(), positions, None)
                 run.step()
             results.append(dict(run.finish()))
@@ -89,7 +89,7 @@ def score_while_training(checkpoint: str) -> tuple[Any, ...]:
     parallel = ParallelConfig()
     with parallel_world(parallel):
         chunks = load(checkpoint, parallel)
-        with megascore.attach(chunks) as run:
+        with megascore.attach(chunks, recipe="minitron") as run:
             forward(chunks)
         expected = dict(run.finish())
         model = chunks[0]
@@ -100,7 +100,7 @@ def score_while_training(checkpoint: str) -> tuple[Any, ...]:
         for parameter in model.decoder.layers[0].parameters():
             parameter.requires_grad = False
         before = {name: (module.training, len(module._forward_hooks)) for name, module in model.named_modules()}
-        with megascore.attach(model) as run:
+        with megascore.attach(model, recipe="minitron") as run:
             positions = torch.arange(SEQUENCE_LENGTH).expand(2, -1)
             # With gradients on, as in somebody's training loop.
             model(make_tokens(), positions, None)
@@ -220,7 +220,7 @@ def raise_inside_a_hook(checkpoint: str) -> None:
     parallel = ParallelConfig(tensor=2)
     with parallel_world(parallel):
         chunks = load(checkpoint, parallel)
-        with megascore.attach(chunks) as run:
+        with megascore.attach(chunks, recipe="minitron") as run:
             if dist.get_rank() == 1:
                 run.sites[2].hook.observe = fail  # type: ignore[method-assign]
             forward(chunks)

@@ -17,7 +17,7 @@ import megascore
 def mistakes() -> None:
     """What a program of a user can do wrong: the class and the text of each error."""
     llama, tokens = load("llama"), batches()[0]["input_ids"]
-    with megascore.attach(llama) as run:
+    with megascore.attach(llama, recipe="minitron") as run:
         llama(tokens)
         run.step()
     scores = run.finish()
@@ -26,7 +26,7 @@ def mistakes() -> None:
     blocks = list(llama.model.layers)  # type: ignore[union-attr, arg-type]
 
     def attach_and_finish() -> None:
-        with megascore.attach(llama) as run:
+        with megascore.attach(llama, recipe="minitron") as run:
             run.finish()
 
     attempts: dict[str, Callable[[], Any]] = {
@@ -42,7 +42,7 @@ def mistakes() -> None:
         "unknown model": lambda: megascore.attach(nn.Sequential(nn.Linear(2, 2))),
         "no model": lambda: megascore.attach("llama"),  # type: ignore[arg-type]
         "two models": lambda: megascore.attach([llama, llama]),
-        "no weights": lambda: megascore.attach(meta),
+        "no weights": lambda: megascore.attach(meta, recipe="minitron"),
         "metadata": lambda: megascore.attach(llama, metadata={"num_tokens": 1}),
         "no data": attach_and_finish,
         "file there": lambda: scores.save("mine.safetensors"),

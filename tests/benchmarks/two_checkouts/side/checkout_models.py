@@ -53,7 +53,7 @@ def used_in_a_loop(parallel: Any, dtype: torch.dtype) -> Any:
     import megascore.mcore
 
     model = build(parallel, dtype, with_experts=True)
-    with megascore.attach(model) as run, torch.no_grad():
+    with megascore.attach(model, recipe="minitron") as run, torch.no_grad():
         for tokens in batches():
             positions = torch.arange(LENGTH).expand_as(tokens)
             with run.masked(tokens > 3):
