@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from megascore.api.attach import attach, score_blockwise
 from megascore.api.checkpoints import checkpoints
+from megascore.api.compensate import compensate
 from megascore.api.evaluate import evaluate
 from megascore.api.masked import masked_units
 from megascore.plans.plan import Plan, plan
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "attach",
     "checkpoints",
+    "compensate",
     "evaluate",
     "load_plan",
     "load_scores",

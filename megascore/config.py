@@ -247,7 +247,7 @@ class JobConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    scores: Any = "minitron"
+    scores: Any = "low_loss"
     """A recipe name, or a list of ``{target, method}``."""
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -62,7 +62,7 @@ def attach(
 
     Args:
         model: A Megatron-Core model, the list of its virtual-pipeline chunks, or a Hugging Face model; wrapped or not.
-        recipe: Name of a list of scores; "minitron" if neither this nor ``scores`` is given.
+        recipe: Name of a list of scores; "low_loss" if neither this nor ``scores`` is given.
         scores: The scores themselves, ``[{"target": "ffn", "method": "l2_norm"}, ...]``, instead of a recipe.
         metadata: JSON-able entries for the score file, such as the name of the data.
         part: Dotted name of the part to score, such as "model.language_model", of a model with several stacks of
@@ -78,7 +78,7 @@ def attach(
     """
     if recipe is not None and scores is not None:
         raise ConfigError(f"attach was given recipe={recipe!r} and scores: give one of them.")
-    requests = resolve_scores(scores if scores is not None else recipe or "minitron")
+    requests = resolve_scores(scores if scores is not None else recipe or "low_loss")
     refuse_needing_job(requests, "attach")
     _warn_of_lone_processes()
     agree("looking at the metadata", lambda: _check_metadata(metadata))
@@ -92,7 +92,7 @@ def score_blockwise(
     model: nn.Module | str | Path,
     blocks: nn.ModuleList | Sequence[nn.Module] | str | None,
     batches: Iterable[Any],
-    scores: str | Iterable[Mapping[str, Any] | ScoreRequest] = "minitron",
+    scores: str | Iterable[Mapping[str, Any] | ScoreRequest] = "low_loss",
     *,
     cache_block_outputs: bool = True,
     device: torch.device | str | None = None,

@@ -55,13 +55,12 @@ def add_commands(commands: Any) -> None:
         help="fit output projections again on the text of --config; runs alone or under torchrun, and goes on after "
         "a kill",
     )
-    pruned.add_argument("--config", metavar="CONFIG", type=Path, help="YAML file of a scoring job, for --compensate")
     pruned.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
+        "--config",
+        metavar=("CONFIG", "key=value"),
+        nargs="+",
         default=[],
-        help="override values of --config, such as parallel.tensor=2",
+        help="YAML file of a scoring job, for --compensate, and values that override it, such as parallel.tensor=2",
     )
     pruned.set_defaults(command=_prune)
     evaluated = commands.add_parser(
@@ -111,8 +110,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _prune(arguments: argparse.Namespace) -> int:
     if arguments.compensate is not None:
         return _compensate(arguments)
-    if arguments.config is not None or arguments.overrides:
-        raise ConfigError("--config and key=value are for --compensate: pruning alone needs no data.")
+    if arguments.config:
+        raise ConfigError("--config is for --compensate: pruning alone needs no data.")
     # As after Ctrl-C, what was begun is taken away.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -125,13 +124,14 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _compensate(arguments: argparse.Namespace) -> int:
-    if arguments.config is None:
+    if not arguments.config:
         raise ConfigError("--compensate needs --config CONFIG, a job's YAML file with calibration data.")
     if arguments.sort_only:
         raise ConfigError(
             "--compensate and --sort-only exclude each other: a sorted model computes what it did before."
         )
-    config = load_config(arguments.config, [*arguments.overrides, f"model.hf={arguments.model}"])
+    path, *overrides = arguments.config
+    config = load_config(path, [*overrides, f"model.hf={arguments.model}"])
     with job_of_ranks("prune"):
         from megascore.job.compensate import CompensationRequest, run_compensation
 

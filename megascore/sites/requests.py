@@ -87,6 +87,16 @@ class ScoreRequest:
 
 
 RECIPES: dict[str, tuple[ScoreRequest, ...]] = {
+    "low_loss": (
+        ScoreRequest("ffn", "fluctuation", where_present=True),
+        ScoreRequest("attention_heads", "independent_contribution"),
+        ScoreRequest("kv_heads", "independent_contribution", where_present=True),
+        ScoreRequest("hidden_size", "l2_norm"),
+        ScoreRequest("layers", "block_similarity"),
+        ScoreRequest("experts", "router_weighted_norm", where_present=True),
+        ScoreRequest("expert_ffn", "fluctuation", where_present=True),
+        ScoreRequest("shared_expert_ffn", "fluctuation", where_present=True),
+    ),
     "minitron": (
         ScoreRequest("ffn", "l2_norm", where_present=True),
         ScoreRequest("attention_heads", "l2_norm"),
@@ -97,8 +107,10 @@ RECIPES: dict[str, tuple[ScoreRequest, ...]] = {
         ScoreRequest("shared_expert_ffn", "l2_norm", where_present=True),
     ),
 }
-"""Named lists of scores. ``minitron``: the activation scores of arXiv:2407.14679, section 2.2, all in one pass; of a
-model with experts also theirs."""
+"""Named lists of scores, each in one pass. ``low_loss``: for each target what loses least, by tests/benchmarks/quality.py,
+of what one pass without further forward passes can give. ``minitron``: the activation scores of arXiv:2407.14679,
+section 2.2; of a model with experts also theirs."""
+
 
 ALL = "all"
 """The recipe of every score that can be had in one pass, whatever its methods are: those that come later, too."""

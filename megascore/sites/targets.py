@@ -64,7 +64,7 @@ _ALL = (
         "attention heads",
         PlaceKind.ATTENTION_PROJECTION,
         "input of `self_attention.linear_proj`",
-        "l2_norm",
+        "independent_contribution",
         heads=True,
         groups="num_kv_heads",
     ),

@@ -106,7 +106,7 @@ def all_scores(num_steps: int) -> list[dict[str, Any]]:
         {"target": "ffn"},
         {"target": "ffn", "method": "independent_contribution"},
         {"target": "ffn", "method": ITERATIVE, "iterations": num_steps, "calibration_method": "scale_by_magnitude"},
-        {"target": "attention_heads"},
+        {"target": "attention_heads", "method": "l2_norm"},
         {"target": "kv_heads"},
         {"target": "hidden_size"},
         {"target": "hidden_size", "method": "layer_norm_contribution"},
