@@ -107,9 +107,9 @@ RECIPES: dict[str, tuple[ScoreRequest, ...]] = {
         ScoreRequest("shared_expert_ffn", "l2_norm", where_present=True),
     ),
 }
-"""Named lists of scores, each in one pass. ``low_loss``: for each target what lost least by tests/benchmarks/quality.py,
-of what needs no further forward passes. ``minitron``: the activation scores of arXiv:2407.14679, section 2.2; of a
-model with experts also theirs."""
+"""Named lists of scores, each in one pass. ``low_loss``: for each target what lost least, by
+tests/benchmarks/quality.py, of what needs no further forward passes. ``minitron``: the activation scores of
+arXiv:2407.14679, section 2.2; of a model with experts also theirs."""
 
 
 ALL = "all"

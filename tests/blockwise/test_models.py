@@ -66,7 +66,8 @@ def test_padding_does_not_count_where_a_mask_says_so(cache_block_outputs: bool) 
                 model(**batch)
             run.step()
     expected = run.finish()
-    found = megascore.score_blockwise(model, None, batches, cache_block_outputs=cache_block_outputs, token_masks=masks)
+    options = {"cache_block_outputs": cache_block_outputs, "token_masks": masks}
+    found = megascore.score_blockwise(model, None, batches, "minitron", **options)
     assert_same(found, expected)
     assert found.metadata["num_tokens"] == sum(batch["input_ids"].numel() for batch in batches) - 3
     with pytest.raises(DataError, match="2 token masks for 3 batches"):

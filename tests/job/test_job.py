@@ -34,7 +34,7 @@ def run(model: Path, text: Path, output: Path, *overrides: str) -> str:
     # Ranks of a world read one each.
     config_file = output.parent / f"job-{os.getpid()}.yaml"
     config_file.write_text(
-        f"model: {{hf: '{model}', dtype: float32}}\n"
+        f"model: {{hf: '{model}', dtype: float32}}\nscores: minitron\n"
         f"data: {{text: '{text}', sequence_length: 16}}\n"
         f"run: {{output: '{output}', device: cpu, global_batch_size: 4, micro_batch_size: 2, timeout_minutes: 1}}\n"
     )

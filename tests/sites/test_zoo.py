@@ -106,7 +106,12 @@ def test_scores_are_the_formulas_on_what_ran(model: tuple[str, nn.Module]) -> No
         "attention_heads": PlaceKind.ATTENTION_PROJECTION,
         "layers": PlaceKind.LAYER,
     }
-    scores = [{"target": target} for target, kind in wanted.items() if kind in targets]
+    l2_norm = {"method": "l2_norm"}
+    scores = [
+        {"target": target, **(l2_norm if target != "layers" else {})}
+        for target, kind in wanted.items()
+        if kind in targets
+    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="megascore does not know these modules")
         run = megascore.attach(module, scores=scores)

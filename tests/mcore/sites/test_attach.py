@@ -141,7 +141,8 @@ class Unknown(nn.Module):
 
 def test_each_hook_is_put_in_place_once(world: WorkerPool, checkpoint: str) -> None:
     for num_sites, num_puts in world.run(2, count_puts, checkpoint):
-        assert (num_sites, num_puts) == (42, 42)
+        # FFN channels have two scores, which share a hook in each of the four layers.
+        assert (num_sites, num_puts) == (38, 38)
 
 
 def count_puts(checkpoint: str) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def attach(model: Any, scores: Any = None) -> tuple[Any, str]:
     """Return the run, and what it warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = megascore.attach(model, scores=scores)
+        run = megascore.attach(model, scores=scores or "minitron")
     return run, " ".join(str(warning.message) for warning in caught if "scores nothing" in str(warning.message))
 
 
@@ -133,7 +133,8 @@ def test_scores_of_layers_that_differ_equal_the_oracle_on_each_number_of_ranks(w
 
 def score_mixed_layers(tensor: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[tuple[int | None, int | None]]]:
     """Expected scores (of one rank), scores, and the heads and KV heads of each layer that has some."""
-    wanted = [{"target": target} for target in ("ffn", "attention_heads", "kv_heads", "hidden_size")]
+    wanted = [{"target": target} for target in ("ffn", "kv_heads", "hidden_size")]
+    wanted.append({"target": "attention_heads", "method": "l2_norm"})
     with parallel_world(ParallelConfig(tensor=tensor)):
         torch.manual_seed(7)
         model = odd_models.mixed_layers(tensor)
@@ -243,6 +244,6 @@ def attach_to_two_stacks() -> tuple[str, int]:
         model.language_model = model.language_model.decoder
         with pytest.raises(ModelError) as caught:
             megascore.attach(model, recipe="minitron")
-        run = megascore.attach(model, part="language_model")
+        run = megascore.attach(model, recipe="minitron", part="language_model")
         run.close()
         return str(caught.value), len(run.sites)
