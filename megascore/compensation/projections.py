@@ -28,7 +28,7 @@ DIM_OF = {
 
 @dataclass(frozen=True)
 class Projection:
-    """An output projection of which inputs go, or whose inputs come from a residual stream that loses features."""
+    """An output projection of which inputs go."""
 
     place: Place
     kept: tuple[int, ...]
@@ -43,7 +43,7 @@ class Projection:
 
     @property
     def is_of_expert(self) -> bool:
-        """Whether a router sends it tokens: the parent's then went elsewhere, so its own inputs are the smaller's."""
+        """Whether a router sends it tokens, and perhaps none."""
         return self.place.kind is PlaceKind.ROUTED_EXPERT_PROJECTION
 
 
@@ -97,7 +97,4 @@ def _projection(place: Place, units: Units, parent: Parent, names: dict[Which, s
         if expert not in of_layer.experts:
             return None
         kept = of_layer.expert_ffn[of_layer.experts.index(expert)]
-    loses_features = len(units.hidden_size) < parent.config.architecture.hidden_size
-    if len(kept) == total and (not loses_features or expert is not None):
-        return None
-    return Projection(place, kept, names[layer, kind, expert])
+    return None if len(kept) == total else Projection(place, kept, names[layer, kind, expert])

@@ -1,13 +1,15 @@
 """The sums behind one output projection's new weights, and their solution, in any parallel layout.
 
-Of a part of a layer (attention, the MLP, an expert) the parent adds ``X W^T`` to the residual stream, tokens ``X`` by
-channels, and the smaller model ``Z V^T``, with inputs ``Z`` of the kept channels alone, computed from its own residual
-stream. The new weights V minimize the squared difference over tokens, with a ridge that keeps them near the old ones, W
-at the kept channels (W_k): with ``V = W_k + D`` and ``R = X W^T - Z W_k^T``, what the smaller part misses,
+An output projection (of attention, an MLP, an expert) adds ``X W^T`` to the residual stream, for its inputs X, tokens by
+channels. X are those of the smaller model, whose earlier layers have their new weights already, before the channels that
+go are taken away. What is left, ``Z`` of the kept channels, gets weights V that minimize the squared difference of
+``Z V^T`` and ``X W^T`` over tokens, with a ridge that keeps them near the old ones, W at the kept channels (W_k): with
+``V = W_k + D`` and ``R = X W^T - Z W_k^T``, what the channels that go have added,
 
     (Z^T Z + lambda I) D^T = Z^T R,    lambda = ridge x mean of the diagonal of Z^T Z.
 
-All sums are float64.
+All sums are float64. (Fitting to what the parent adds, with the parent's own X, makes up for less: parts then work
+against what the residual stream has lost before them.)
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Solved:
     bias: Tensor | None
     """What is added to the bias, [E] float64; None for least squares."""
     error_left: float
-    """Squared error with the new weights, over that with the old ones at the kept channels."""
+    """Squared error with the new weights, over that without the channels that go."""
     num_tokens: int
 
 
@@ -94,28 +96,26 @@ class Refit:
         return whole_weight(module.weight).detach()
 
     @torch.no_grad()
-    def add(self, kept_inputs: Tensor, parent_inputs: Tensor, mask: Tensor | None) -> None:
+    def add(self, inputs: Tensor, mask: Tensor | None) -> None:
         """Add tokens. Collective over the axes that split the channels: their ranks bring the same tokens.
 
         Args:
-            kept_inputs: The smaller model's inputs, of which the kept channels are read: [..., this rank's channels].
-            parent_inputs: The parent's, of the same tokens.
+            inputs: The smaller model's inputs before channels are taken away, [..., this rank's channels].
             mask: Which tokens count, bool, the shape without channels; None for all.
         """
-        z, x = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (kept_inputs, parent_inputs))
+        x = inputs.reshape(-1, inputs.shape[-1])
         if mask is not None:
-            chosen = mask.reshape(-1).nonzero().flatten()
-            z, x = z[chosen], x[chosen]
-        weight = self.weight.double()
-        own = self._own_kept.to(z.device)
-        kept_weight = weight[:, own]
-        for start in range(0, len(z), TOKENS_AT_ONCE):
-            some = z[start : start + TOKENS_AT_ONCE].double()
+            x = x[mask.reshape(-1).nonzero().flatten()]
+        own, kept = self._own_kept.to(x.device), self._kept.to(x.device)
+        goes = torch.ones(x.shape[1], dtype=torch.bool, device=x.device).index_fill_(0, own, False).nonzero().flatten()
+        weight = self.weight.double()[:, goes]
+        for start in range(0, len(x), TOKENS_AT_ONCE):
+            some = x[start : start + TOKENS_AT_ONCE].double()
             own_z = some[:, own]
-            missing = x[start : start + TOKENS_AT_ONCE].double() @ weight.T - own_z @ kept_weight.T
+            missing = some[:, goes] @ weight.T
             for group in self._groups(Role.SHARD):
                 dist.all_reduce(missing, group=group)
-            self._gram += own_z.T @ self._all_channels(some)[:, self._kept.to(z.device)]
+            self._gram += own_z.T @ self._all_channels(some)[:, kept]
             self._cross += own_z.T @ missing
             self._missing += missing.sum(0)
             self._error += missing.square().sum()

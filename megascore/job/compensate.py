@@ -122,9 +122,7 @@ def _goes(name: str, plan: Plan) -> bool:
     sizes = {"o_proj": "attention_heads", "down_proj": "expert_ffn" if "experts" in name else "ffn"}
     target = next((target for part, target in sizes.items() if part in name), None)
     before, after = plan.sizes_before, plan.sizes_after
-    # Where features go, the inputs of all projections change but those of experts.
-    counted = {target} if target == "expert_ffn" else {target, "hidden_size"}
-    return any(after[name] < before[name] for name in counted if name in before and name is not None)
+    return target is not None and target in before and after[target] < before[target]
 
 
 def _identity(request: CompensationRequest, plan: Plan, inputs: JobInputs) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The way of calibration data through parent and smaller model, layer by layer, with projections fitted on the way.
+"""The way of calibration data through the smaller model, layer by layer, with projections fitted on the way.
 
-Both are one model: the smaller one is the parent under masks, with its own hidden states and the new weights of the
-projections that are done. All ranks go through all layers together, whoever has them, and meet before each step.
+The smaller model is the parent under masks, with its own hidden states and the new weights of the projections that are
+done. All ranks go through all layers together, whoever has them, and meet before each step.
 """
 
 from __future__ import annotations
@@ -93,19 +93,15 @@ class LayerRefits:
             self._indices.append(list(range(len(of_rank), len(of_rank) + len(slices))))
             of_rank.extend(slices)
         micro_batches = MicroBatches(inputs.samples, of_rank)
-        self._stores = (make_store(), make_store())
-        self._parents, self._children = (
-            {
-                number: ChunkRunner(chunk, micro_batches, store, inputs.form.device, loss=False)
-                for number, chunk in order.own.items()
-            }
-            for store in self._stores
-        )
+        self._store = make_store()
+        self._runners = {
+            number: ChunkRunner(chunk, micro_batches, self._store, inputs.form.device, loss=False)
+            for number, chunk in order.own.items()
+        }
 
     def close(self) -> None:
         """Drop everything that waits."""
-        for store in self._stores:
-            store.close()
+        self._store.close()
 
     def run(self, num_done: int, save: Callable[[int, list[dict[str, Any]]], None], progress: ScoringProgress) -> None:
         """Go through all layers; those that are done take their weights from the folder. Collective over the world.
@@ -124,13 +120,13 @@ class LayerRefits:
                 gathered = [fact for of_rank in gather_objects(facts) for fact in of_rank]
                 agree(f"saving layer {layer}", lambda: save(layer, gathered) if world_rank() == 0 else None)  # noqa: B023
             progress.advance()
-        for runner in (*self._parents.values(), *self._children.values()):
+        for runner in self._runners.values():
             runner.close()
 
     def _run_layer(self, layer: int, *, is_done: bool) -> list[dict[str, Any]]:
-        """Fit a layer, and let both models run it. Returns what this rank tells of its projections."""
+        """Fit a layer, and let the smaller model run it. Returns what this rank tells of its projections."""
         chunk, position = self._order.place_of(layer)
-        is_here = chunk in self._parents
+        is_here = chunk in self._runners
         prefix = f"decoder.layers.{layer}"
         places = [p for p in self._view.places if p.name == prefix or p.name.startswith(f"{prefix}.")]
         is_kept = layer in self._units.of_layers and layer in self._units.layers
@@ -149,12 +145,10 @@ class LayerRefits:
             agree(f"writing layer {layer}", lambda: self._folder.write(layer, world_rank(), written))
 
         def run(index: int) -> None:
-            if not is_here:
-                return
-            self._parents[chunk].run_layer(position, index, None)
-            if is_kept:
+            # A layer that goes leaves the hidden states as they are.
+            if is_here and is_kept:
                 with self._masks(places), swapped_weights(new):
-                    self._children[chunk].run_layer(position, index, None)
+                    self._runners[chunk].run_layer(position, index, None)
 
         self._go_over(run)
         return facts
@@ -185,29 +179,22 @@ class LayerRefits:
         def look(index: int) -> None:
             if position is None:
                 return
-            mask = self._parents[chunk].mask_of(index)
+            mask = self._runners[chunk].mask_of(index)
             # Once: what sends it along with tokens knows it by its identity.
             mask = None if mask is None else mask.to(self._inputs.form.device)
-            dense = [projection.place for projection in projections if not projection.is_of_expert]
-            with caught_inputs(dense) as of_parent:
-                if dense:
-                    self._parents[chunk].look_at_layer(position, index)
             with (
                 self._masks(around),
                 swapped_weights(done),
                 followed_mask([place for place in places if place.kind in kinds], mask),
-                caught_inputs(own) as of_child,
+                caught_inputs(own) as caught,
             ):
-                self._children[chunk].look_at_layer(position, index)
+                self._runners[chunk].look_at_layer(position, index)
                 masks = {
-                    place.name: local_mask(place, mask, of_child[place.name]) for place in own if place.name in of_child
+                    place.name: local_mask(place, mask, caught[place.name]) for place in own if place.name in caught
                 }
-            for projection, refit in zip(projections, refits, strict=True):
-                name = projection.place.name
-                if name in of_child:
-                    refit.add(
-                        of_child[name], of_child[name] if projection.is_of_expert else of_parent[name], masks[name]
-                    )
+            for place, refit in zip(own, refits, strict=True):
+                if place.name in caught:
+                    refit.add(caught[place.name], masks[place.name])
 
         if max_over_world([int(bool(projections))])[0]:
             self._go_over(look)
@@ -274,23 +261,22 @@ class LayerRefits:
         return masked_view(self._view, self._units, self._num_heads, places)
 
     def _enter_chunk_of(self, layer: int) -> None:
-        """At the first layer of a chunk: hand hidden states on from the chunk before, of both models."""
+        """At the first layer of a chunk: hand hidden states on from the chunk before."""
         chunk, position = self._order.place_of(layer)
         if position > 0:
             return
-        for runners in (self._parents, self._children):
-            before, own = runners.get(chunk - 1), runners.get(chunk)
-            with _collecting(own) as get_input:
+        before, own = self._runners.get(chunk - 1), self._runners.get(chunk)
+        with _collecting(own) as get_input:
 
-                def hand_on(index: int, before: Any = before, get_input: Any = get_input) -> None:
-                    if before is not None:
-                        before.send(index)
-                    if get_input is not None:
-                        get_input(index)
+            def hand_on(index: int) -> None:
+                if before is not None:
+                    before.send(index)
+                if get_input is not None:
+                    get_input(index)
 
-                self._go_over(hand_on)
-            if before is not None:
-                before.close()
+            self._go_over(hand_on)
+        if before is not None:
+            before.close()
 
     def _bring(self, layer: int, stack: ExitStack) -> None:
         module: nn.Module | None = self._order.own_layer(layer)

@@ -213,7 +213,8 @@ def test_the_pages_say_what_the_dry_run_of_llama_70b_says(plan: Plans) -> None:
     assert [line for line in excerpt_lines if line != "..." and line not in lines] == []
     # 161 norms, a row of sums and a count of tokens for each.
     assert plan_of(planned, 0).sample_bytes == 161 * (8192 + 1) * 8
-    # Beside the sums every site counts calls and tokens, and l2_norm samples; all of these, and the scores, also by 8 groups of steps.
+    # Beside the sums every site counts calls and tokens, and l2_norm samples; all of these, and the scores, also by 8
+    # groups of steps.
     sums = 80 * (28672 + 8192 + 1) + 161 * 8192 + 2 * len(planned.sites) + (80 + 80 + 161)
     scores = 80 * (28672 + 64 + 1) + 161 * 8192
     assert planned.finish_bytes == (1 + 8) * (sums + scores) * 8
