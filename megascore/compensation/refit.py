@@ -1,8 +1,8 @@
 """The sums behind one output projection's new weights, and their solution, in any parallel layout.
 
-An output projection (of attention, an MLP, an expert) adds ``X W^T`` to the residual stream, for its inputs X, tokens by
-channels. X are those of the smaller model, whose earlier layers have their new weights already, before the channels that
-go are taken away. What is left, ``Z`` of the kept channels, gets weights V that minimize the squared difference of
+An output projection (of attention, an MLP, an expert) adds ``X W^T`` to the residual stream, for its inputs X, tokens
+by channels. X are those of the smaller model, whose earlier layers have their new weights already, before the channels
+that go are taken away. What is left, ``Z`` of the kept channels, gets weights V that minimize the squared difference of
 ``Z V^T`` and ``X W^T`` over tokens, with a ridge that keeps them near the old ones, W at the kept channels (W_k): with
 ``V = W_k + D`` and ``R = X W^T - Z W_k^T``, what the channels that go have added,
 
