@@ -134,7 +134,7 @@ class ExpertFrequencyHook(
         """Return ``score`` and ``tokens_per_expert``, both [experts]."""
         cls._require_data(state)
         tokens = state["tokens_per_expert"]
-        return {"score": tokens / state["num_tokens"], "tokens_per_expert": tokens}
+        return {"score": tokens.double() / state["num_tokens"], "tokens_per_expert": tokens}
 
 
 class OutputNormHook(

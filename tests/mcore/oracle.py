@@ -167,7 +167,11 @@ def _samples(calls: list[Tensor]) -> list[Tensor]:
 
 
 def expected_contributions(
-    recorder: Recorder, num_layers: int, num_kv_heads: int, num_query_heads: int, samples_of_step: list[list[int]]
+    recorder: Recorder,
+    num_layers: int,
+    num_kv_heads: int,
+    samples_of_step: list[list[int]],
+    num_query_heads: int | None = None,
 ) -> dict[str, Tensor]:
     """Scores of the other methods; call number i of the recorder was sample i alone."""
     scores: dict[str, Tensor] = {}
@@ -180,6 +184,8 @@ def expected_contributions(
             scores[f"{fc2}/ffn/independent_contribution"] = weight.norm(dim=0) * x.abs().mean(0)
             scores[f"{fc2}/ffn/{ITERATIVE}"] = iterative_ranks(recorder, fc2, samples_of_step)
         for target, num_heads in (("kv_heads", num_kv_heads), ("attention_heads", num_query_heads)):
+            if num_heads is None:
+                continue
             scores[f"{proj}/{target}/independent_contribution"] = _head_norms(recorder, proj, num_heads)
         by_norm.update({f"{layer}.{norm}": recorder.outputs[f"{layer}.{norm}"] for norm in NORMS})
     by_norm["decoder.final_layernorm"] = recorder.outputs["decoder.final_layernorm"]

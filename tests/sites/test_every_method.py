@@ -115,7 +115,7 @@ def on_plain() -> Found:
         return {
             **expected_scores(recorder, num_layers, head_dim),
             # Its values are as many as its queries, whatever its config says.
-            **expected_contributions(recorder, num_layers, tiny_decoder.HEADS, tiny_decoder.HEADS, STEPS),
+            **expected_contributions(recorder, num_layers, tiny_decoder.HEADS, STEPS, tiny_decoder.HEADS),
             **expected_moments(recorder, num_layers, head_dim),
         }
 
@@ -142,7 +142,7 @@ def on_megatron() -> Found:
             shared = [name for name in recorder.inputs if "shared_experts" in name]
             return {
                 **expected_scores(recorder, num_layers, head_dim),
-                **expected_contributions(recorder, num_layers, 2, sizes["heads"], STEPS),
+                **expected_contributions(recorder, num_layers, 2, STEPS, sizes["heads"]),
                 **expected_moments(recorder, num_layers, head_dim),
                 **experts.scores(),
                 **{

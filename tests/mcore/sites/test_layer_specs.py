@@ -179,7 +179,8 @@ def test_each_score_is_that_of_the_modules_own_tensors(name: str, world: WorkerP
 def score(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Scores by formulas on what goes into and comes out of each scored module, and those of the run."""
     build, part, _ = MODELS[name]
-    wanted = [{"target": target} for target in ("ffn", "attention_heads", "hidden_size", "layers")]
+    wanted = [{"target": target} for target in ("ffn", "hidden_size", "layers")]
+    wanted.append({"target": "attention_heads", "method": "l2_norm"})
     with parallel_world():
         torch.manual_seed(3)
         model = build().double()

@@ -14,7 +14,14 @@ from megascore.config import ModelConfig, ParallelConfig
 from megascore.errors import DataError
 from tests.mcore.expert_model import SIZES as EXPERT_SIZES
 from tests.mcore.expert_model import Variant
-from tests.mcore.oracle import Recorder, all_scores, expected_contributions, expected_scores
+from tests.mcore.oracle import (
+    Recorder,
+    all_scores,
+    expected_contributions,
+    expected_moments,
+    expected_scores,
+    moment_scores,
+)
 from tests.mcore.order import assert_same_order
 from tests.mcore.sites.test_experts import REQUESTS, TP_SP, Layouts, check_values
 from tests.models import SIZES, save_checkpoint
@@ -162,9 +169,14 @@ def compute_expected(checkpoint: str) -> tuple[dict[str, Tensor], float]:
         head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
         num_layers, samples = SIZES["num_hidden_layers"], list(range(len(LENGTHS)))
         contributions = expected_contributions(
-            recorder, num_layers, SIZES["num_key_value_heads"], [samples[step] for step in STEPS]
+            recorder,
+            num_layers,
+            SIZES["num_key_value_heads"],
+            [samples[step] for step in STEPS],
+            SIZES["num_attention_heads"],
         )
-        scores = {**expected_scores(recorder, num_layers, head_dim), **contributions}
+        moments = expected_moments(recorder, num_layers, head_dim)
+        scores = {**expected_scores(recorder, num_layers, head_dim), **contributions, **moments}
         return scores, float(losses.nats) / losses.num_tokens
 
 
@@ -184,7 +196,7 @@ def score(
     with parallel_world(parallel, device, timedelta(seconds=60)):
         ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         chunks = load_model(ModelConfig(hf=checkpoint, dtype="float64"), parallel, device, SEQUENCE_LENGTH)
-        with megascore.attach(chunks, scores=all_scores(len(STEPS))) as run:
+        with megascore.attach(chunks, scores=all_scores(len(STEPS)) + moment_scores()) as run:
             for step in range(len(STEPS)):
                 slices = micro_batches_of_step(step, len(tokens), GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, *ranks)
                 parts = [tokens[part] for part in slices], True, [masks[part] for part in slices]

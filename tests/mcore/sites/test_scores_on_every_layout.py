@@ -111,7 +111,7 @@ def compute_expected(checkpoint: str, sizes: dict[str, int]) -> dict[str, Tensor
         steps = [samples[:GLOBAL_BATCH_SIZE], samples[GLOBAL_BATCH_SIZE:]]
         return {
             **expected_scores(recorder, num_layers, head_dim),
-            **expected_contributions(recorder, num_layers, num_kv_heads, sizes["num_attention_heads"], steps),
+            **expected_contributions(recorder, num_layers, num_kv_heads, steps, sizes["num_attention_heads"]),
             **expected_moments(recorder, num_layers, head_dim),
         }
 
