@@ -127,7 +127,9 @@ def _check_results(done: DoneBlocks, statistics: Plan, scores: Plan) -> None:
     found = _differences("saved state", statistics, done.results.states)
     saved = {key: {SCORE: own} for key, own in done.results.scores.items()}
     for key, own in done.results.replicates.items():
-        saved.setdefault(key, {})[REPLICATES] = own
+        # One without its score is told by that.
+        if key in saved:
+            saved[key][REPLICATES] = own
     found += _differences("saved score", scores, saved)
     if found:
         raise CheckpointError(

@@ -91,7 +91,7 @@ def score_alone(model: Path, documents: Path) -> tuple[megascore.Scores, float, 
     assert sorted(row.shape[1] for row in rows) == sorted(min(16, length) for length in LENGTHS)
     plain = load_with_transformers(model, torch.float64, attn_implementation="eager")
     nats, num_predicted = 0.0, 0
-    with megascore.attach(plain, recipe="minitron") as scoring:
+    with megascore.attach(plain) as scoring:
         for row in rows:
             plain(row)
             scoring.step()
