@@ -134,7 +134,8 @@ def test_a_done_layer_is_believed_only_if_it_has_what_the_model_declares(
     fc2, block = "decoder.layers.0.mlp.linear_fc2/ffn", "decoder.layers.0/layers/block_similarity"
 
     def spoil_states(states: dict[str, Any]) -> None:
-        l2_norm = states[f"{fc2}/l2_norm"]
+        # Two scores share a hook.
+        l2_norm = states[f"{fc2}/moments"]
         l2_norm["sum_of_squared_means"] = l2_norm["sum_of_squared_means"][:-1]
         l2_norm["num_calls"] = l2_norm["num_calls"].double()
         l2_norm["num_heads"] = l2_norm.pop("num_tokens")
@@ -151,10 +152,10 @@ def test_a_done_layer_is_believed_only_if_it_has_what_the_model_declares(
     for difference in (
         f"{block} has no saved state",
         "decoder.layers.1/layers/block_similarity has a saved state, but is in none of these blocks",
-        f"{fc2}/l2_norm: 'num_tokens' is missing",
-        f"{fc2}/l2_norm: 'num_heads' is there, but not kept here",
-        f"{fc2}/l2_norm: 'sum_of_squared_means' has shape [95] there, [96] here",
-        f"{fc2}/l2_norm: 'num_calls' is float64 there, int64 here",
+        f"{fc2}/moments: 'num_tokens' is missing",
+        f"{fc2}/moments: 'num_heads' is there, but not kept here",
+        f"{fc2}/moments: 'sum_of_squared_means' has shape [95] there, [96] here",
+        f"{fc2}/moments: 'num_calls' is float64 there, int64 here",
         f"{block} has no saved score",
         f"{fc2}/l2_norm: 'score' has shape [3] there, [96] here",
         f"{fc2}/l2_norm: 'score' is float32 there, float64 here",
