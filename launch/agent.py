@@ -43,6 +43,7 @@ class StopHandler:
         self._seconds = seconds
         self._asked = False
         self._interrupted = False
+        self._sent_later: set[signal.Signals] = set()
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """Pass a signal on and wait. The agent's other threads, which keep the rendezvous alive, go on meanwhile.
@@ -62,6 +63,7 @@ class StopHandler:
         sent = signal.SIGUSR1 if signum == signal.SIGUSR1 else signal.SIGTERM
         workers = _send_to_workers(sent)
         if self._asked:
+            self._sent_later.add(sent)
             return
         self._asked = True
         _say(f"{signal.Signals(signum).name}: {len(workers)} worker(s) get {self._seconds:g} s to save and stop")
@@ -80,14 +82,16 @@ class StopHandler:
             if 128 + sent in codes:
                 # It was still starting: nothing of this run is lost, and the others cannot go on without it.
                 return STOPPED
-            failed = [code for code in codes if code not in (0, STOPPED)]
+            # A worker that has saved and is leaving has no handler any more, so a second signal may still kill it.
+            leaving = {STOPPED, *(128 + number for number in self._sent_later)}
+            failed = [code for code in codes if code not in {0, *leaving}]
             if failed:
                 return failed[0]
             if waiting and time.monotonic() > deadline:
                 _say(f"{len(waiting)} worker(s) still there after {self._seconds:g} s: ending them")
                 return 128 + sent
             time.sleep(_POLL_SECONDS)
-        return STOPPED if STOPPED in codes or not codes else 0
+        return 0 if codes and not any(codes) else STOPPED
 
 
 def _pass_on(signum: int, frame: FrameType | None) -> None:

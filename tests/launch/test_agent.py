@@ -44,6 +44,16 @@ signal.signal(signal.SIGUSR2, lambda *_: note("kept"))
 note("started")
 time.sleep(60)
 """
+# As in Python's last moments, when it has put the handlers of signals back.
+LEAVES_SLOWLY = """
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    note("saved")
+    time.sleep(60)
+signal.signal(signal.SIGUSR1, stop)
+note("started")
+time.sleep(60)
+"""
 HAS_NO_HANDLER = 'note("started"); time.sleep(60)'
 DOES_NOT_STOP = """
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -134,6 +144,16 @@ def test_the_second_sigterm_does_not_take_the_time_away(tmp_path: Path) -> None:
     code, error = world.end()
     assert code == 75, error
     assert world.count("saved") == [1, 1]
+
+
+def test_the_second_signal_may_kill_a_worker_that_has_saved_and_is_leaving(tmp_path: Path) -> None:
+    skip_where_torch_keeps_signals()
+    world = World(tmp_path, LEAVES_SLOWLY, num_workers=2)
+    world.signal(signal.SIGUSR1)
+    wait_until(lambda: all(world.count("saved")), world.process)
+    world.process.send_signal(signal.SIGTERM)
+    code, error = world.end()
+    assert code == 75, error
 
 
 def test_nohup_is_respected(tmp_path: Path) -> None:
