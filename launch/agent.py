@@ -162,14 +162,11 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
 
-    # Otherwise torchrun takes all but SIGUSR1 for itself. Before 2.9 it can't be told; they give 30 seconds then.
-    if "--signals-to-handle" in get_args_parser().format_help():
-        arguments = ["--signals-to-handle", "SIGQUIT", *arguments]
     try:
-        torchrun(arguments)
+        # Otherwise torchrun takes all but SIGUSR1 for itself.
+        torchrun(["--signals-to-handle", "SIGQUIT", *arguments])
     except ChildFailedError as error:
         code = int(error.get_first_failure()[1].exitcode)
         _say("stopped; the same command goes on" if code == STOPPED else f"a worker failed\n{error}")

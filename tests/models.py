@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from packaging.version import Version
 
 __all__ = [
     "DENSE_FAMILIES",
@@ -78,8 +76,7 @@ def save_checkpoint(
         family: Key of `FAMILIES`.
         seed: Of the weights.
         max_shard_size: Of the safetensors files.
-        fused_experts: Save the experts of a layer in one tensor, as transformers 5 has them in memory; the test is
-            skipped where an older one is installed.
+        fused_experts: Save the experts of a layer in one tensor, as transformers has them in memory.
         changes: Config values other than those of `SIZES` and `FAMILIES`.
 
     Returns:
@@ -87,10 +84,8 @@ def save_checkpoint(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if fused_experts and not _has_version("5.0"):
-        pytest.skip("transformers before 5 saves no fused experts")
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **_for_installed({**SIZES, **FAMILIES[family], **changes}))
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -114,29 +109,11 @@ def rename_tensors(source: Path, target: Path, new_name: Callable[[str], str | N
     return target
 
 
-def _has_version(version: str) -> bool:
-    import transformers
-
-    return Version(transformers.__version__) >= Version(version)
-
-
-def _for_installed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as the installed transformers knows them: before 5 those of rotary embeddings were in two."""
-    rotary = dict(settings.get("rope_parameters") or {})
-    if not rotary or _has_version("5.0"):
-        return settings
-    settings = {key: value for key, value in settings.items() if key != "rope_parameters"}
-    if "rope_theta" in rotary:
-        settings["rope_theta"] = rotary.pop("rope_theta")
-    return settings if rotary["rope_type"] == "default" else settings | {"rope_scaling": rotary}
-
-
 def load_with_transformers(directory: Path | str, dtype: torch.dtype, **options: Any) -> Any:
-    """Return transformers' causal model of a directory in a dtype, whose keyword has changed its name."""
+    """Return transformers' causal model of a directory in a dtype."""
     from transformers import AutoModelForCausalLM
 
-    keyword = "dtype" if _has_version("4.56") else "torch_dtype"
-    return AutoModelForCausalLM.from_pretrained(directory, **{keyword: dtype}, **options)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
 
 
 def save_tokenizer(folder: Path) -> Path:

@@ -196,6 +196,6 @@ def _leave_world() -> None:
     if parallel_state is not None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
-        # Gloo's threads free the last tensors in it: without it, torch 2.6 can wait for them for ever.
+        # Gloo's threads free the last tensors in it, as in megascore.parallel.comm.leave_world.
         time.sleep(0.02)
         dist.destroy_process_group()

@@ -42,12 +42,10 @@ def empty_model(folder: str | Path) -> nn.Module:
     architecture = (getattr(config, "architectures", None) or [""])[0]
     causal = architecture.endswith("ForCausalLM")
     builder: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    # Renamed in transformers 4.56.
-    name = "dtype" if hasattr(config, "dtype") else "torch_dtype"
-    dtype = getattr(config, name, None)
+    dtype = getattr(config, "dtype", None)
     try:
         with parameters_on_meta():
-            options = {name: dtype} if dtype is not None else {}
+            options = {"dtype": dtype} if dtype is not None else {}
             model: nn.Module = builder.from_config(config, trust_remote_code=False, **options)
     except ValueError as error:
         if "trust_remote_code" in str(error):

@@ -49,8 +49,9 @@ def world_rank() -> int:
 def leave_world() -> None:
     """Take the process groups of torch.distributed apart. Every rank does it, in its own time.
 
-    Gloo's threads free the tensors of the last collective, and need Python's lock for that. In torch 2.6 a group waits
-    for its threads while it holds that lock: a moment without it lets them finish, or both wait for ever.
+    Gloo's threads free the tensors of the last collective, and need Python's lock for that. A group that waits for
+    its threads while it holds that lock waits for ever (seen with torch 2.6; newer ones have not been seen to, and have
+    not been proven not to): a moment without the lock lets them finish.
     """
     time.sleep(SECONDS_TO_FREE)
     dist.destroy_process_group()

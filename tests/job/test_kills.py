@@ -15,7 +15,7 @@ from megascore.resume.progress_file import RunState, read_status
 from tests.job.resumable import Job, make_job
 from tests.ranks import RankProcesses
 
-NUM_KILLS = int(os.environ.get("MEGASCORE_TEST_KILLS", "30"))
+NUM_KILLS = int(os.environ.get("MEGASCORE_TEST_KILLS", "10"))
 """As many as the time of a whole test run allows; a change of the checkpoints deserves hundreds."""
 LAYOUT = ("parallel.tensor=2", "parallel.sequence=true")
 

@@ -10,13 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 __all__ = [
     "REPOSITORY",
     "environment",
     "put_fake_megascore",
-    "skip_where_torch_keeps_signals",
     "start",
     "wait_until",
 ]
@@ -91,11 +88,3 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
             process.kill()
             raise AssertionError("\n".join(process.communicate()))
         time.sleep(0.05)
-
-
-def skip_where_torch_keeps_signals() -> None:
-    """Skip a test of signals that this torch's agent takes for itself."""
-    from torch.distributed.run import get_args_parser
-
-    if "--signals-to-handle" not in get_args_parser().format_help():
-        pytest.skip("this torch (before 2.9) keeps all signals but SIGUSR1 for itself")

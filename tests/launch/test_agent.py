@@ -19,7 +19,6 @@ from tests.launch.processes import (
     REPOSITORY,
     SECONDS,
     environment,
-    skip_where_torch_keeps_signals,
     start,
     wait_until,
 )
@@ -123,8 +122,6 @@ def test_workers_are_the_children_that_lead_a_session(sleepers: dict[bool, int])
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_every_rank_save_and_restarts_none(signum: signal.Signals, tmp_path: Path) -> None:
-    if signum != signal.SIGUSR1:
-        skip_where_torch_keeps_signals()
     world = World(tmp_path, SAVES, num_workers=2, max_restarts=2)
     world.signal(signum)
     code, error = world.end()
@@ -135,7 +132,6 @@ def test_a_signal_lets_every_rank_save_and_restarts_none(signum: signal.Signals,
 
 
 def test_the_second_sigterm_does_not_take_the_time_away(tmp_path: Path) -> None:
-    skip_where_torch_keeps_signals()
     world = World(tmp_path, SAVES, num_workers=2)
     world.signal(signal.SIGUSR1)
     wait_until(lambda: world.count("saved")[0] == 1, world.process)
@@ -147,7 +143,6 @@ def test_the_second_sigterm_does_not_take_the_time_away(tmp_path: Path) -> None:
 
 
 def test_the_second_signal_may_kill_a_worker_that_has_saved_and_is_leaving(tmp_path: Path) -> None:
-    skip_where_torch_keeps_signals()
     world = World(tmp_path, LEAVES_SLOWLY, num_workers=2)
     world.signal(signal.SIGUSR1)
     wait_until(lambda: all(world.count("saved")), world.process)
@@ -190,7 +185,6 @@ def test_workers_that_do_not_stop_are_ended_after_the_time_given(tmp_path: Path)
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
-    skip_where_torch_keeps_signals()
     world = World(tmp_path, DOES_NOT_STOP, num_workers=1)
     world.signal(signal.SIGINT)
     wait_until(lambda: world.count("term") == [1], world.process)

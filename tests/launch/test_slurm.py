@@ -18,7 +18,6 @@ from tests.launch.processes import (
     REPOSITORY,
     SECONDS,
     put_fake_megascore,
-    skip_where_torch_keeps_signals,
     start,
     wait_until,
 )
@@ -146,7 +145,6 @@ def test_the_exit_code_of_a_run_that_nobody_stopped_passes_on(job: Job, code: in
 
 
 def test_a_cancelled_run_saves_and_is_not_requeued(job: Job) -> None:
-    skip_where_torch_keeps_signals()
     code, output = job.run(signum=signal.SIGTERM, FAKE_END="wait 75", FAKE_STATUS=CAN_GO_ON, real_agent=True)
     assert code == 75, output
     assert job.note("signal0") == "SIGTERM"
