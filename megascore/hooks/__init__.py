@@ -21,11 +21,13 @@ from megascore.hooks.moment_methods import (
     WeightNormHook,
 )
 from megascore.hooks.moments import MomentsHook
+from megascore.hooks.output_variance import OutputVarianceHook
 from megascore.hooks.query_heads import QueryHeadContributionHook
 from megascore.hooks.random_order import RandomHook
 from megascore.hooks.router_weighted_norm import ExpertFrequencyHook, OutputNormHook, RouterWeightedNormHook
 from megascore.hooks.span_similarity import SpanSimilarityHook
 from megascore.hooks.statistics import Merge, State, Statistic
+from megascore.hooks.taylor import HeadTaylorHook, TaylorHook
 from megascore.hooks.without_layer import LossWithoutHook, OutputErrorHook
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "ExpertFrequencyHook",
     "FluctuationHook",
     "ForwardHook",
+    "HeadTaylorHook",
     "IndependentChannelContributionHook",
     "IndependentKvHeadContributionHook",
     "IterativeChannelContributionHook",
@@ -46,6 +49,7 @@ __all__ = [
     "MomentsHook",
     "OutputErrorHook",
     "OutputNormHook",
+    "OutputVarianceHook",
     "QueryHeadContributionHook",
     "RandomHook",
     "RoutedL2NormHook",
@@ -54,6 +58,7 @@ __all__ = [
     "SpanSimilarityHook",
     "State",
     "Statistic",
+    "TaylorHook",
     "VarianceHook",
     "WandaHook",
     "WeightNormHook",

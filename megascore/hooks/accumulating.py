@@ -38,6 +38,8 @@ class AccumulatingHook(HasMethod, ABC):
 
     place_name = ""
     """Global name of the module, where the hook was put at a place of a model."""
+    num_features: int | None = None
+    """Size of what the module gives out for a token, where the place knows it and channels are something else."""
     additive = True
     """Whether parts of the data can be measured one by one, and their statistics added up in any order."""
     shared: ClassVar[type[AccumulatingHook] | None] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -77,9 +78,15 @@ class RouterWeightedNormHook(
         experts = inputs if inputs.dim() == 1 else inputs[:, 0].long()
         counts = torch.ones_like(experts) if token_mask is None else token_mask.to(experts.dtype)
         self._state["tokens_per_expert"].index_add_(0, experts, counts)
+        self._add(experts, inputs, output, token_mask)
+
+    def _add(self, experts: Tensor, inputs: Tensor, output: Tensor, token_mask: Tensor | None) -> None:
+        """Add what is kept beside counts; ``experts`` [T] int64, the others as `observe` is given them."""
         if not self.keeps:
             return
-        norms = self._norms(output)
+        norms = output.new_zeros(len(output), dtype=torch.float64)
+        for start, stop, rows in self._rows(output):
+            norms[start:stop] = torch.linalg.vector_norm(rows, dim=-1)
         if token_mask is not None:
             norms.masked_fill_(~token_mask, 0)
         if WEIGHTED in self.keeps:
@@ -92,7 +99,7 @@ class RouterWeightedNormHook(
         if inputs.dim() == 1:
             raise HookStateError(
                 f"{type(self).__name__} needs the router's weight of each token, which this model's experts are not "
-                "given or apply to their inputs: leave method 'output_norm' out of the scores."
+                "given or apply to their inputs: leave what is scored by unweighted outputs out of the scores."
             )
         return inputs[:, 1].masked_fill(inputs[:, 1] == 0, 1)
 
@@ -107,16 +114,14 @@ class RouterWeightedNormHook(
         """Add the parts of outputs that other ranks hold to ``partial``, in place. Parallel subclasses do."""
         raise AssertionError("only a parallel subclass has partial outputs")
 
-    def _norms(self, output: Tensor) -> Tensor:
-        """Return the norm of each row of ``output`` [T, features]: [T] float64."""
+    def _rows(self, output: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the whole ``output`` [T, features] in parts: first row, the row behind the last, and the rows."""
         dtype = reductions.accumulation_dtype(output.dtype)
-        norms = output.new_zeros(len(output), dtype=torch.float64)
         for start, stop in reductions.chunks(len(output), output.shape[-1] * dtype.itemsize, output.device):
             rows = output[start:stop].to(dtype, copy=self.partial_outputs)
             if self.partial_outputs:
                 self.complete(rows)
-            norms[start:stop] = torch.linalg.vector_norm(rows, dim=-1)
-        return norms
+            yield start, stop, rows
 
 
 class ExpertFrequencyHook(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
+from megascore.hooks import TaylorHook
 from megascore.hooks.registry import methods_of
 from megascore.job.planned import DryRun, OneLayer, RankPlan
 from megascore.scores.charts import format_ranges
@@ -137,12 +138,20 @@ def _one_layer(dry_run: DryRun) -> Iterator[str]:
 def _further_passes(dry_run: DryRun) -> Iterator[str]:
     """Say what the scores cost that no module sees."""
     layers: dict[str, set[str]] = defaultdict(set)
+    goes_back = False
     for line in dry_run.sites:
         site, target, method = split_key(line.key)
         # Several methods of one hook have a name together, and none of them is of this kind.
         own = methods_of(target).get(method)
-        if own is not None and own.hook.needs_job:
+        if own is not None and issubclass(own.hook, TaylorHook):
+            goes_back = True
+        elif own is not None and own.hook.needs_job:
             layers[method].add(site)
+    if goes_back:
+        yield (
+            "For taylor each step takes a further forward pass and a backward one, of one micro-batch after the other. "
+            "The activations of a micro-batch, as in training without gradients of weights, come on top of the memory."
+        )
     if not layers:
         return
     number = max(map(len, layers.values()))

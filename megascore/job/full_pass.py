@@ -9,6 +9,7 @@ from torch import nn
 from megascore.job.inputs import JobInputs, load_chunks
 from megascore.job.loss import LossTotal
 from megascore.job.watch import Watch
+from megascore.mcore.pipeline.gradients import GradientPasses
 from megascore.mcore.pipeline.schedule import forward_only
 from megascore.mcore.pipeline.without_layers import WithoutLayers
 from megascore.mcore.sites.view import MegatronModelView
@@ -51,7 +52,9 @@ def _run_data(
     """Run the steps that are left, with what happens between them."""
     samples, share, total = inputs.samples, inputs.share, inputs.total_steps
     device, start = inputs.form.device, run.num_steps
-    without_layers = WithoutLayers.of(chunks, run)
+    further = [
+        passes for passes in (WithoutLayers.of(chunks, run), GradientPasses.of(chunks, run)) if passes is not None
+    ]
 
     def steps() -> Iterator[int]:
         for step in range(start, total):
@@ -69,8 +72,8 @@ def _run_data(
         micro_batches = [samples.tokens_of(part).to(device, non_blocking=True) for part in slices]
         masks = samples.masks_of(slices)
         loss.add(forward_only(chunks, micro_batches, inputs.computes_loss, masks, run))
-        if without_layers is not None:
-            without_layers.run(micro_batches, masks)
+        for passes in further:
+            passes.run(micro_batches, masks)
 
     tokens_per_step = share.global_batch_size * inputs.form.sequence_length
     with watch.progress(total, tokens_per_step, start) as progress:

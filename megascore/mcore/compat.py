@@ -16,6 +16,7 @@ __all__ = [
     "missing_names",
     "replays_graphs",
     "runs_fused",
+    "size_of_expert_output",
     "submodules_of",
     "without_deprecation_log",
 ]
@@ -40,6 +41,11 @@ def missing_names() -> list[tuple[Any, str, Any]]:
     """Return names that some versions use without defining them everywhere: (module, name, value to give it)."""
     # 0.16 asks for this one of Transformer Engine's also where that is not installed.
     return [(moe_utils, "te_general_gemm", getattr(moe_utils, "te_general_gemm", None))]
+
+
+def size_of_expert_output(config: Any) -> int:
+    """Return how many features a routed expert gives out for a token: those of the latent space, where there is one."""
+    return int(getattr(config, "moe_latent_size", None) or config.hidden_size)
 
 
 def runs_fused(module: Any) -> bool:

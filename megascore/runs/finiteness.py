@@ -13,7 +13,7 @@ from megascore.parallel.comm import gather_objects, max_over_world, world_rank, 
 from megascore.scores.score_file import split_key
 from megascore.sites.site import Site
 
-__all__ = ["check_finite"]
+__all__ = ["check_finite", "not_finite"]
 
 
 def check_finite(sites: Sequence[Site], order: Sequence[str], step: int) -> None:
@@ -34,8 +34,20 @@ def check_finite(sites: Sequence[Site], order: Sequence[str], step: int) -> None
         return
     found = [first for first in gather_objects(_first(sites, order) if is_bad else None) if first is not None]
     _, rank, name, score = min(found)
+    raise not_finite(step, name, rank, score)
+
+
+def not_finite(step: int, name: str, rank: int, score: str) -> ModelError:
+    """Return the error for a module that gives NaN or infinity.
+
+    Args:
+        step: Number of the step, from 0.
+        name: Global name of the module, the first that runs of those that give such a thing.
+        rank: Rank that has it.
+        score: ``{target}/{method}`` for which it is looked at.
+    """
     where = f" on rank {rank}" if world_size() > 1 else ""
-    raise ModelError(
+    return ModelError(
         f"step {step}: what {name} gives{where} for {score} is NaN or infinite, the first that runs of what is scored. "
         "Check the weights of this module and of those before it, or run the model in float32. No scores are written."
     )

@@ -88,6 +88,8 @@ class Place:
     mask_follower: MaskFollower | None = field(default=None, kw_only=True)
     """What `local_mask` depends on; places may share one."""
 
+    num_features: int | None = field(default=None, kw_only=True)
+    """Size of an output, at a layer's routed experts."""
     num_competing_groups: int | None = field(default=None, kw_only=True)
     """In how many groups of equal size its units compete, such as heads inside their KV groups; None where all do."""
     groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict, kw_only=True)

@@ -170,6 +170,7 @@ class PlainModelView:
             common: dict[str, Any] = {"read": reader.read, "local_mask": reader.mask}
             if expert is None:
                 place = self._place(PlaceKind.ROUTED_EXPERTS, experts.name, module, local_name, experts.num_experts)
+                common["num_features"] = experts.num_features
             else:
                 kind, inside = PlaceKind.ROUTED_EXPERT_PROJECTION, f"{experts.name}.{expert}.linear_fc2"
                 place = self._place(kind, inside, module, local_name, experts.ffn_size)

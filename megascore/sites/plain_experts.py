@@ -36,7 +36,8 @@ class FusedExperts:
         self.module: Any = module
         shape: tuple[int, ...] = tuple(getattr(module, "down_proj").shape)  # noqa: B009 - a tensor, as is_one has seen
         self.num_experts = shape[0]
-        self.ffn_size = shape[1 if getattr(module, "is_transposed") else 2]  # noqa: B009
+        is_transposed: bool = getattr(module, "is_transposed")  # noqa: B009
+        self.ffn_size, self.num_features = (shape[1], shape[2]) if is_transposed else (shape[2], shape[1])
 
     @staticmethod
     def is_one(module: nn.Module) -> bool:

@@ -193,9 +193,9 @@ def refuse_needing_job(requests: Iterable[ScoreRequest], where: str) -> None:
     names = [f"{request.target}/{request.method}" for request in requests if request.definition.hook.needs_job]
     if names:
         raise ConfigError(
-            f"{where} can't measure {', '.join(names)}: that takes further forward passes, without layers or over "
-            "several of them, and the whole model in memory. Use a job that runs the model itself, torchrun -m "
-            "megascore score CONFIG with run.blockwise=false; or score layers by block_similarity."
+            f"{where} can't measure {', '.join(names)}: that takes further passes of the whole model, without "
+            "layers, over several of them, or backward. Use a job that runs the model itself, torchrun -m "
+            "megascore score CONFIG with run.blockwise=false; or take a method of one forward pass."
         )
 
 

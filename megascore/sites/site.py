@@ -225,7 +225,7 @@ def hook_at(place: Place, requests: Sequence[ScoreRequest]) -> PlacedHook:
     if hook_class.units_are_heads:
         placement = placement.by_units(_unit_size(first, place))
     hook = placed(hook_class).at(module, placement.shard.length, dict(first.options))
-    hook.place_name = place.name
+    hook.place_name, hook.num_features = place.name, place.num_features
     hook.put(placement, place.groups, place.device)
     return hook
 

@@ -8,6 +8,7 @@ import torch
 from megascore.hooks import (
     ExpertFrequencyHook,
     OutputNormHook,
+    OutputVarianceHook,
     RandomHook,
     RoutedL2NormHook,
     RoutedMeanHook,
@@ -153,7 +154,8 @@ def test_ties_go_to_the_smaller_channel() -> None:
 def test_every_class_of_the_registry_has_a_case() -> None:
     covered = {type(case.make_hook(case.make_module(12, torch.float32), 5)) for case in CASES}
     # In test_experts.py, and in test_random_order.py.
-    routed = {RoutedL2NormHook, RoutedMeanHook, RouterWeightedNormHook, ExpertFrequencyHook, OutputNormHook, RandomHook}
+    routed = {RoutedL2NormHook, RoutedMeanHook, RouterWeightedNormHook, ExpertFrequencyHook, OutputNormHook}
+    routed |= {OutputVarianceHook, RandomHook}
     of_package = {method.hook for method in methods().values() if method.hook.__module__.startswith("megascore.")}
     # What jobs measure has no calls; it is in test_measured.py.
     assert {hook for hook in of_package if not hook.needs_job} == covered | routed

@@ -30,6 +30,9 @@ class Expected:
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Of that projection, [H, F]."""
 
+    outputs: dict[str, list[list[Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    """Unweighted outputs of each expert of a layer, [tokens, H], call after call."""
+
     def add(self, key: str, value: Tensor) -> None:
         self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value
 
@@ -41,6 +44,10 @@ class Expected:
                 results[key] = value / self.tokens[key].clamp(min=1)
             else:
                 results[key] = value.sqrt()
+        for key, calls in self.outputs.items():
+            by_expert = [torch.cat(parts) for parts in zip(*calls, strict=True)]
+            errors = [((y - y.sum(0) / max(1, len(y))) ** 2).sum() for y in by_expert]
+            results[key] = torch.stack(errors) / sum(map(len, by_expert))
         for name, tokens in self.inside.items():
             for method in ("mean_mean", "variance", "wanda", "fluctuation", "weight_norm"):
                 # A routed token is a sample of its own.
@@ -73,7 +80,7 @@ def _routed(expected: Expected, name: str, experts: Any, num_real: Callable[[], 
     def hook(_router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         tokens = args[0].flatten(0, -2)[: num_real()]
         probabilities, routing_map = (each[: num_real()] for each in output)
-        norms, unweighted = [], []
+        norms, unweighted, outputs = [], [], []
         for number, expert in enumerate(experts.local_experts):
             chosen = routing_map[:, number]
             gate, up = (tokens[chosen] @ expert.linear_fc1.weight.T).chunk(2, dim=-1)
@@ -81,10 +88,12 @@ def _routed(expected: Expected, name: str, experts: Any, num_real: Callable[[], 
             intermediate = nn.functional.silu(gate) * up
             norms.append((weight * (intermediate @ expert.linear_fc2.weight.T)).pow(2).sum(-1).sqrt().sum())
             unweighted.append((intermediate @ expert.linear_fc2.weight.T).pow(2).sum(-1).sqrt().sum())
+            outputs.append((intermediate @ expert.linear_fc2.weight.T).detach().double())
             inside = f"{name}.experts.{number}.linear_fc2"
             expected.inside[inside].append((weight * intermediate).detach().double())
             expected.weights[inside] = expert.linear_fc2.weight.detach().double()
             expected.add(f"{inside}/expert_ffn/l2_norm", (weight * intermediate).pow(2).sum(0))
+        expected.outputs[f"{name}.experts/experts/output_variance"].append(outputs)
         key = f"{name}.experts/experts/router_weighted_norm"
         expected.add(key, torch.stack(norms))
         expected.tokens[key] = expected.tokens[key] + routing_map.sum(0)

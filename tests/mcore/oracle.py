@@ -22,6 +22,7 @@ __all__ = [
     "expected_contributions",
     "expected_moments",
     "expected_scores",
+    "expected_taylor",
     "expected_without_layers",
     "iterative_ranks",
     "moment_scores",
@@ -252,6 +253,50 @@ def expected_without_layers(model: Any, tokens: Tensor, lengths: Sequence[int], 
         "decoder/layers/output_error": torch.stack(errors),
         "decoder/layers/span_similarity": similarity,
     }
+
+
+def expected_taylor(model: Any, tokens: Tensor, lengths: Sequence[int], head_dim: int) -> dict[str, Tensor]:
+    """First-order Taylor scores: each unit has a factor of 1, and a sample's effect is the derivative by that.
+
+    Samples run one by one, without what does not count.
+    """
+    totals: dict[str, Tensor] = {}
+    for sample, length in zip(tokens, lengths, strict=True):
+        factors: dict[str, Tensor] = {}
+        handles = [
+            module.register_forward_hook(_scale_layer(factors, name), with_kwargs=True)
+            if re.fullmatch(r"decoder\.layers\.\d+", name)
+            else module.register_forward_pre_hook(_scale_input(factors, name, head_dim))
+            for name, module in model.named_modules()
+            if re.fullmatch(r"decoder\.layers\.\d+(\.mlp\.linear_fc2|\.self_attention\.linear_proj)?", name)
+        ]
+        nats, _ = _run_whole(model, sample[:length], length)
+        for handle in handles:
+            handle.remove()
+        derivatives = torch.autograd.grad(nats, list(factors.values()))
+        for name, derivative in zip(factors, derivatives, strict=True):
+            totals[name] = totals.get(name, 0) + derivative.detach() ** 2 / len(lengths)
+    layers = [totals[f"decoder.layers.{number}"] for number in range(len(model.decoder.layers))]
+    channels = {f"{name}/{LINEARS[name.split('.', 3)[3]]}/taylor": totals[name] for name in totals if "linear" in name}
+    return {"decoder/layers/taylor": torch.stack(layers), **channels}
+
+
+def _scale_input(factors: dict[str, Tensor], name: str, head_dim: int) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        width = head_dim if name.endswith("linear_proj") else 1
+        factors[name] = torch.ones(args[0].shape[-1] // width, dtype=torch.float64, requires_grad=True)
+        return (args[0] * factors[name].repeat_interleave(width), *args[1:])
+
+    return hook
+
+
+def _scale_layer(factors: dict[str, Tensor], name: str) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        factors[name] = torch.ones((), dtype=torch.float64, requires_grad=True)
+        before = args[0] if args else kwargs["hidden_states"]
+        return (before + factors[name] * (output[0] - before), *output[1:])
+
+    return hook
 
 
 def _run_whole(model: Any, sample: Tensor, length: int) -> tuple[Tensor, Tensor]:

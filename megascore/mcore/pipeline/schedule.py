@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megascore.mcore.pipeline.token_losses import Predictions, token_losses
 from megascore.mcore.world.context_parallel import local_positions
 from megascore.runs.scoring_run import ScoringRun
 
@@ -27,7 +28,6 @@ __all__ = [
     "forward_only",
     "forward_step",
     "output_layers",
-    "token_losses",
 ]
 
 MicroBatch = tuple[Tensor, "Tensor | None"]
@@ -177,54 +177,15 @@ def forward_step(
         assert non_loss_data
         if not compute_loss:
             return None
-        # The last token of a sequence, the last one of the first context-parallel rank, has none after it to predict.
-        # Found without asking the device, on which nothing waits here.
-        num_predicting = len(positions) - (cp_rank == 0)
-        following = positions[:num_predicting] + 1
+        predictions = Predictions(tokens, mask, device)
         # Models of the user's own making need not say how many of their entries are tokens.
         vocab_size = getattr(model, "vocab_size", None)
-        nats = token_losses(logits[:, :num_predicting], tokens[:, following], vocab_size)
-        if mask is None:
-            return LossSums(nats.sum(dtype=torch.float64), nats.numel())
-        # The mask is in host memory, and so are its indices.
-        own_positions = local_positions(tokens.shape[1], cp_rank, cp_size, mask.device)
-        counted = mask[:, own_positions[:num_predicting] + 1]
-        nats = nats.where(counted.to(device, non_blocking=True), 0.0)
-        return LossSums(nats.sum(dtype=torch.float64), int(counted.sum()))
+        nats = token_losses(logits[:, : predictions.length], predictions.labels, vocab_size)
+        if predictions.counted is not None:
+            nats = nats.where(predictions.counted, 0.0)
+        return LossSums(nats.sum(dtype=torch.float64), predictions.num_counted)
 
     return output, losses
-
-
-def token_losses(local_logits: Tensor, labels: Tensor, vocab_size: int | None = None) -> Tensor:
-    """Cross entropy of logits whose vocabulary is split over the tensor-parallel ranks.
-
-    Megatron's own goes through float32; this one leaves float64 as it is. Collective over the tensor axis.
-
-    Args:
-        local_logits: [B, S, V / TP].
-        labels: [B, S] int64 token numbers.
-        vocab_size: How many of the V entries are tokens, the same on all ranks; those behind them pad the vocabulary
-            to a multiple of TP, and have no part in the loss. None: all are.
-
-    Returns:
-        [B, S] nats, float32 or float64, the same on all tensor-parallel ranks.
-    """
-    group = parallel_state.get_tensor_model_parallel_group()
-    logits = local_logits if local_logits.dtype == torch.float64 else local_logits.float()
-    local_size = logits.shape[-1]
-    num_tokens = local_size if vocab_size is None else vocab_size - dist.get_rank(group) * local_size
-    if num_tokens < local_size:
-        is_padding = torch.arange(local_size, device=logits.device) >= num_tokens
-        logits = logits.masked_fill(is_padding, -torch.inf)
-    largest = logits.amax(dim=-1)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    logits = logits - largest.unsqueeze(-1)
-    local_labels = labels - dist.get_rank(group) * local_size
-    is_here = (local_labels >= 0) & (local_labels < local_size)
-    picked = logits.gather(-1, local_labels.where(is_here, 0).unsqueeze(-1)).squeeze(-1)
-    sums = torch.stack([logits.exp().sum(dim=-1), picked.where(is_here, 0.0)])
-    dist.all_reduce(sums, group=group)
-    return sums[0].log() - sums[1]
 
 
 @contextmanager

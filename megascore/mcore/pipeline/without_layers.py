@@ -23,6 +23,7 @@ from megascore.parallel.axes import Axis
 from megascore.parallel.comm import agree, gather_objects
 from megascore.runs.scoring_run import ScoringRun
 from megascore.scores.assemble import layer_of
+from megascore.sites.requests import ScoreRequest
 
 __all__ = ["WithoutLayers"]
 
@@ -66,7 +67,7 @@ class WithoutLayers:
         self._hooks = [
             (layer_of(site.place.name), site.hook) for site in run.sites if isinstance(site.hook, MeasuredHook)
         ]
-        requests = {request.method: request for request in run.requests if request.definition.hook.needs_job}
+        requests = {request.method: request for request in run.requests if _is_measured(request)}
         self._computes_loss = "loss_without" in requests
         self._leaves_out = self._computes_loss or "output_error" in requests
         chunk_of_layer = _chunk_of_layer(chunks)
@@ -95,7 +96,7 @@ class WithoutLayers:
         Raises:
             ModelError: see the class.
         """
-        if not any(request.definition.hook.needs_job for request in run.requests):
+        if not any(map(_is_measured, run.requests)):
             return None
         return cls(chunks, run)
 
@@ -190,6 +191,10 @@ class WithoutLayers:
                 f"layers/span_similarity has span={self._span}, but the model has {self._num_layers} layers: choose a "
                 "span that is no longer than the model."
             )
+
+
+def _is_measured(request: ScoreRequest) -> bool:
+    return issubclass(request.definition.hook, MeasuredHook)
 
 
 def _count(layer: int, hidden_states: Tensor, mask: Tensor | None, tokens: Tensor, calls: Tensor) -> None:

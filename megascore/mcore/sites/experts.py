@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megascore.errors import LayoutError, ModelError
+from megascore.mcore.compat import size_of_expert_output
 from megascore.mcore.sites.masks import DispatchedMask, rows_of_expert
 from megascore.mcore.world.groups import DenseGroups, ExpertGroups
 from megascore.parallel.axes import Axis, Placement, Role, Shard
@@ -77,6 +78,7 @@ def expert_places(
         together,
         read,
         local_mask=masks.of_layer,
+        num_features=size_of_expert_output(moe_layer.config),
         **common,
     )
     for position, (module_name, module, width, read, alone) in enumerate(_projections(experts, num_local)):

@@ -59,7 +59,8 @@ class GatheringAttention(MegatronModule):  # type: ignore[misc]
             [S / CP, B, heads * head_dim].
         """
         size = dist.get_world_size(self.cp_group)
-        keys, values = self._gather(key, size), self._gather(value, size)
+        gather: Any = _GatherSequence.apply
+        keys, values = gather(key, self.cp_group), gather(value, self.cp_group)
         length = query.shape[0] * size
         by_rank = [local_positions(length, rank, size, query.device) for rank in range(size)]
         own, all_positions = by_rank[dist.get_rank(self.cp_group)], torch.cat(by_rank)
@@ -73,7 +74,22 @@ class GatheringAttention(MegatronModule):  # type: ignore[misc]
         )
         return output.permute(2, 0, 1, 3).flatten(2)
 
-    def _gather(self, tensor: Tensor, size: int) -> Tensor:
+
+class _GatherSequence(torch.autograd.Function):
+    """Gathers parts of a sequence of all ranks of a group; back go the gradients of each rank's part, added up."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return the parts of all ranks behind one another. Collective over the group."""
+        ctx.group = group
+        size = dist.get_world_size(group)
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.cp_group)
+        dist.all_gather(parts, tensor.contiguous(), group=group)
         return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of this rank's part. Collective over the group."""
+        whole = gradients[0].contiguous()
+        dist.all_reduce(whole, group=ctx.group)
+        return whole.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None

@@ -28,7 +28,7 @@ NUM_SAMPLES, GLOBAL_BATCH_SIZE = 8, 4
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 """float64: only the order of additions differs between layouts. float32: the model's own sums differ as well."""
 METHODS = {
-    "experts": ("router_weighted_norm", "output_norm", "frequency"),
+    "experts": ("router_weighted_norm", "output_norm", "frequency", "output_variance"),
     "expert_ffn": ("l2_norm", "mean_mean", "variance", "wanda", "fluctuation", "weight_norm"),
     "shared_expert_ffn": ("l2_norm", "independent_contribution"),
 }
