@@ -16,7 +16,7 @@ class OutputVarianceHook(
     RouterWeightedNormHook,
     method="output_variance",
     targets=("experts",),
-    summary="sum over the expert's tokens of |output - its mean output|^2, over all routed tokens",
+    summary="sum over the expert's tokens of the squared distance to its mean output, over all routed tokens",
 ):
     """Scores routed experts by how often they are chosen times how much their unweighted outputs vary.
 
