@@ -63,7 +63,13 @@ while True:
 """
 FAILS_AS_ONE = "sys.exit(2) if rank else time.sleep(60)"
 IS_KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
-FAILS_ONCE = 'note("started"); sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")'
+# Together, for the first one to fail ends the others wherever they are.
+FAILS_ONCE = """
+note("started")
+while not all(os.path.exists(f"{folder}/started{rank}") for rank in range(int(os.environ["WORLD_SIZE"]))):
+    time.sleep(0.01)
+sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
+"""
 
 
 class World:
