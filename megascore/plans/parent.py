@@ -29,14 +29,18 @@ class Parent:
     checkpoint: HuggingFaceCheckpoint
 
     @classmethod
-    def of(cls, folder: str | Path) -> Parent:
+    def of(cls, folder: str | Path, *, warn: bool = True) -> Parent:
         """Read config.json and the headers of a folder.
+
+        Args:
+            folder: Where they are.
+            warn: Whether to warn of tensors that the model does not have.
 
         Raises:
             ModelError: it is no checkpoint of a known family, or incomplete.
         """
         checkpoint = HuggingFaceCheckpoint(read_config(folder), folder)
-        checkpoint.check()
+        checkpoint.check(warn=warn)
         return cls(Path(folder), checkpoint)
 
     @property

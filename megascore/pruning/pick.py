@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from megascore.weights.huggingface.folder import StoredTensor
 
 __all__ = ["Picker"]
 
-BLOCK_BYTES = 1 << 24
-"""Large beside what a system call costs, small beside a cache and one tensor."""
+BLOCK_BYTES = 1 << 22
+"""Large beside what a system call costs, small beside one tensor; what was read is still in a cache as it is picked."""
 WHOLE_NUMBERS = {"F64": torch.int64, "F32": torch.int32, "F16": torch.int16, "BF16": torch.int16}
 
 
@@ -44,8 +43,16 @@ class _Buffers:
         self.read, self.rows, self.picked = _Buffer(), _Buffer(), _Buffer()
 
 
-def _index(numbers: tuple[int, ...]) -> Tensor:
-    return torch.tensor(numbers)
+class _Index(NamedTuple):
+    """Entries that stay, as kernels take them."""
+
+    numbers: Tensor
+    ascending: bool
+
+
+def _index(numbers: tuple[int, ...]) -> _Index:
+    index = torch.tensor(numbers)
+    return _Index(index, bool((index[1:] > index[:-1]).all()))
 
 
 class Picker:
@@ -61,7 +68,8 @@ class Picker:
         self._files: dict[Path, IO[bytes]] = {}
         self._stack = ExitStack()
         self._buffers = (_Buffers(), _Buffers())
-        self._index: Callable[[tuple[int, ...]], Tensor] = lru_cache(maxsize=16)(_index)
+        # Gate, up and down projection of a layer keep the same entries, and all layers the same hidden features.
+        self._index: Callable[[tuple[int, ...]], _Index] = lru_cache(maxsize=16)(_index)
 
     def __enter__(self) -> Picker:
         """Return itself."""
@@ -100,13 +108,12 @@ class Picker:
     ) -> Iterator[Tensor]:
         """Yield the kept rows and columns of a matrix that begins so many values into a tensor."""
         num_rows, num_columns = shape
-        index = None if columns is None else self._index(columns)
+        index = None if columns is None else self._index(columns).numbers
         row_bytes = num_columns * WHOLE_NUMBERS[stored.dtype].itemsize
         begin = stored.begin + offset * WHOLE_NUMBERS[stored.dtype].itemsize
+        kept, ascending = (None, True) if rows is None else self._index(rows)
         # Rows in another order are found where the whole matrix is.
-        ascending = rows is None or all(first < second for first, second in pairwise(rows))
         step = max(1, BLOCK_BYTES // row_bytes) if ascending else num_rows
-        kept = None if rows is None else self._index(rows)
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
             own = kept if kept is None or not ascending else kept[(kept >= start) & (kept < stop)] - start

@@ -80,7 +80,8 @@ def prune(
             already, or the disk is full.
         ModelError: the parent is no whole checkpoint of a known family.
     """
-    parent, target = Parent.of(folder), Path(output)
+    # Tensors that nobody knows are refused below, so a warning would say it twice.
+    parent, target = Parent.of(folder, warn=False), Path(output)
     check_output(target)
     wanted = plan if isinstance(plan, Plan) else read_plan(plan, parent)
     if wanted.weights_fingerprint != parent.fingerprint:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -38,14 +38,18 @@ def plan(parent: Path) -> Plan:
 
 
 @pytest.fixture
-def refused(parent: Path, plan: Plan, tmp_path: Path) -> Callable[..., None]:
-    """Expects an error of a text from prune, and that the folder of the output stays empty."""
+def refused(parent: Path, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Callable[..., None]:
+    """Expects an error of a text from prune, that nothing else is told, and that the output's folder stays empty."""
 
     def check(text: str, kind: type[MegascoreError] = PlanError, **changes: Any) -> None:
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
-        with pytest.raises(kind) as caught:
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, logger="megascore"), pytest.raises(kind) as caught:
             megascore.prune(changes.pop("folder", parent), changes.pop("plan", plan), out / "smaller", **changes)
+        # The error is all that the user reads, in one line.
+        assert [record.getMessage() for record in caplog.records] == []
+        assert "\n" not in str(caught.value)
         assert text in str(caught.value)
         assert list(out.iterdir()) == []
 
@@ -168,48 +172,6 @@ def test_other_files_come_along_and_the_input_stays(parent: Path, plan: Plan, tm
     assert record["old_indices"]["hidden_size"] == list(plan.units.hidden_size)
     assert record["old_indices"]["by_layer"]["3"]["ffn"] == list(plan.units.of_layers[3].ffn)
     assert record["parent"]["weights_fingerprint"] == plan.weights_fingerprint
-
-
-PRUNE = """
-import sys, threading
-import megascore
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
-
-plan = megascore.load_plan(sys.argv[1])
-megascore.prune(sys.argv[4], megascore.load_plan(sys.argv[3]), sys.argv[5])  # what is loaded at the first call
-before, peak, done = anonymous(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, anonymous())
-
-thread = threading.Thread(target=watch)
-thread.start()
-megascore.prune(plan.model, plan, sys.argv[2])
-done.set()
-thread.join()
-print((peak - before) * 1024)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's own memory")
-def test_the_memory_is_that_of_blocks(tmp_path: Path) -> None:
-    # 128 MB of weights, the largest tensor of 48 MB.
-    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 1, "vocab_size": 1024}
-    folder = save_checkpoint(tmp_path / "large", "qwen2", **sizes)
-    small = save_checkpoint(tmp_path / "small", "qwen2")
-    random_plan(folder, ffn="75%", hidden_size="90%").save(tmp_path / "plan.yaml")
-    random_plan(small, ffn="75%").save(tmp_path / "small.yaml")
-    arguments = [tmp_path / "plan.yaml", tmp_path / "pruned", tmp_path / "small.yaml", small, tmp_path / "pruned small"]
-    command = [sys.executable, "-c", PRUNE, *arguments]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # Two blocks of 16 MiB each as read, with kept rows, and with kept columns; less than two of the largest tensors.
-    assert int(told) < 6 * 16 * 2**20 + 16 * 2**20
-    shutil.rmtree(tmp_path / "pruned")
 
 
 def test_a_signal_leaves_nothing_behind(tmp_path: Path) -> None:

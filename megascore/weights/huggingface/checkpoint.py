@@ -79,10 +79,13 @@ class HuggingFaceCheckpoint:
         """
         return as_stored(self._config, self.folder.tensors)
 
-    def check(self) -> None:
+    def check(self, *, warn: bool = True) -> None:
         """Check that all tensors of the model are there, from the headers alone; warn of tensors that it has not.
 
         Of tied embeddings that are stored twice the values are compared, too.
+
+        Args:
+            warn: Whether to warn; a caller that refuses such tensors says so itself.
 
         Raises:
             ModelError: a tensor is missing, or has another shape or type than the config says, or as `folder`.
@@ -96,7 +99,7 @@ class HuggingFaceCheckpoint:
         embedding = self.config.stored_names.get(EMBEDDING.name, EMBEDDING.name)
         if self.config.tied_embeddings and embedding != HEAD.name and HEAD.name in self.folder.tensors:
             self._check_tied(embedding)
-        if extra:
+        if extra and warn:
             logger.warning("%s: %d tensors are not used, such as %s", self._directory, len(extra), ", ".join(extra[:5]))
 
     def fingerprint(self) -> str:
