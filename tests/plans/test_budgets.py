@@ -15,8 +15,6 @@ from megascore.plans.sizes import resolve_sizes, sizes_of_parent
 from tests.models import save_checkpoint
 from tests.smaller import random_plan
 
-pytestmark = pytest.mark.fast
-
 BUDGETS = ("params", "active_params", "memory")
 RULES: dict[str, Any] = {"batch": 3, "length": 100, "multiple_of": 4}
 """Of all plans here; keys and values of 3 sequences are a good part of such a small model's memory."""
