@@ -1,13 +1,16 @@
 """What scores are worth: the rise of the loss when each says what goes, on a real model and a small one with experts.
 
     python -m tests.benchmarks.quality [--only ffn/25%] [--model FOLDER] [--samples 32] [--held-out 16] [--json FILE]
+    python -m tests.benchmarks.quality --compensate --only ffn/25%
     python -m tests.benchmarks.quality --experts
 
 Scores come from one pass over the shipped text with ``scores: all``, losses from another novel, by masks in the parent,
 without training. Each rise has a standard error, paired by sample. The published hooks (nvidia-modelopt) are those of
 ``l2_norm`` and ``independent_contribution``, which give the same order; ``random`` is the floor of every target.
-Without ``--model`` it is SmolLM2-135M. With ``--experts`` a model of 6 layers with 16 experts each is trained first,
-for some minutes, on text of the same novels that is neither scored nor evaluated.
+Without ``--model`` it is SmolLM2-135M. With ``--compensate`` each smaller model without FFN channels, heads or experts is
+made, too, its projections fitted by least squares to the scored text, and run in transformers: minutes for each row.
+With ``--experts`` a model of 6 layers with 16 experts each is trained first, for some minutes, on text of the same
+novels that is neither scored nor evaluated.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -65,13 +68,27 @@ EXPERT_CUTS = tuple(
 )
 
 
+class Row(NamedTuple):
+    """One cut by one method."""
+
+    cut: Cut
+    method: str
+    rise: Estimate
+    """Of the loss in nats per token."""
+    compensated: Estimate | None
+    """The same of the smaller model, its projections fitted again; None where that was not tried."""
+
+
+COMPENSATED = ("ffn", "attention_heads", "kv_heads", "experts", "expert_ffn")
+
+
 class Trial:
     """A parent, its scores, and held-out samples on which it is compared with itself under masks."""
 
     def __init__(self, folder: Path, scored: Tensor, held_out: Tensor, num_steps: int) -> None:
         self.parent = Parent.of(folder)
         self.model = load(folder)
-        self.held_out = held_out
+        self.folder, self.scored, self.held_out = folder, scored, held_out
         with megascore.attach(self.model, scores="all") as run, torch.no_grad():
             for step in scored.chunk(num_steps):
                 self.model(input_ids=step)
@@ -87,6 +104,29 @@ class Trial:
         units = choose_units(self.parent.config, {**before, cut.target: kept}, orders)
         with masked_view(view_of(self.model), units, before["attention_heads"]):
             return self.compared(self._losses())
+
+    def compensated_rise(self, cut: Cut, method: str) -> Estimate:
+        """The same of the smaller model, its output projections fitted by least squares to the scored text."""
+        kept = round(sizes_of_parent(self.parent.config)[cut.target] * (1 - cut.part))
+        plan = megascore.plan(
+            self.scores,
+            **{cut.target: kept},
+            multiple_of=1,
+            methods={cut.target: method},
+            model=self.folder,
+            same_weights=True,
+        )
+        with tempfile.TemporaryDirectory() as name:
+            root = Path(name)
+            plan.save(root / "plan.yaml")
+            (root / "text.jsonl").write_text("\n".join(json.dumps({"ids": row.tolist()}) for row in self.scored))
+            (root / "job.yaml").write_text(
+                f"model: {{hf: '{self.folder}', dtype: float32}}\n"
+                f"data: {{jsonl: '{root / 'text.jsonl'}', field: ids, packing: false, sequence_length: {LENGTH}}}\n"
+                "run: {device: cpu, global_batch_size: 2}\n"
+            )
+            megascore.compensate(root / "job.yaml", root / "plan.yaml", root / "smaller")
+            return self.compared(losses_of(load(root / "smaller"), self.held_out))
 
     def compared(self, losses: Tensor) -> Estimate:
         """The rise of losses [samples] over those of the parent."""
@@ -124,26 +164,35 @@ def samples_of(folder: Path, text: Path, first: int, number: int) -> Tensor:
     return torch.tensor(part).view(-1, LENGTH)
 
 
-def measure(trial: Trial, cuts: Sequence[Cut], only: str) -> Iterator[tuple[Cut, str, Estimate]]:
+def measure(trial: Trial, cuts: Sequence[Cut], options: argparse.Namespace) -> Iterator[Row]:
     targets = {key.split("/")[1] for key in trial.scores}
     there = {tuple(key.split("/")[1:]) for key in trial.scores}
     for cut in cuts:
-        if cut.target not in targets or (only and only not in f"{cut.target}/{cut.title}"):
+        if cut.target not in targets or (options.only and options.only not in f"{cut.target}/{cut.title}"):
             continue
         for method in names_of_methods(cut.target):
             if (cut.target, method) in there:
-                yield cut, method, trial.rise(cut, method)
+                fits = options.compensate and cut.target in COMPENSATED
+                compensated = trial.compensated_rise(cut, method) if fits else None
+                yield Row(cut, method, trial.rise(cut, method), compensated)
 
 
-def show(found: Sequence[tuple[Cut, str, Estimate]], console: Console) -> None:
-    for cut in dict.fromkeys(cut for cut, _, _ in found):
-        rows = sorted(((e.mean, method, e) for other, method, e in found if other == cut), key=lambda row: row[0])
-        published = next((mean for mean, method, _ in rows if method == names_of_methods(cut.target)[0]), None)
-        table = Table("method", "rise of the loss", "times the default's", title=f"{cut.title} removed")
-        for mean, method, estimate in rows:
-            times = f"{mean / published:.2f}" if published else ""
-            table.add_row(method, f"{mean:.3f} +-{estimate.standard_error:.3f}", times)
+def show(found: Sequence[Row], console: Console) -> None:
+    for cut in dict.fromkeys(row.cut for row in found):
+        rows = sorted((row for row in found if row.cut == cut), key=lambda row: row.rise.mean)
+        default = next((row.rise.mean for row in rows if row.method == names_of_methods(cut.target)[0]), None)
+        headings = ("method", "rise of the loss", "times the default's", "with least squares", "times the default's")
+        table = Table(*headings, title=f"{cut.title} removed")
+        for row in rows:
+            table.add_row(row.method, *_cells(row.rise, default), *_cells(row.compensated, default))
         console.print(table)
+
+
+def _cells(estimate: Estimate | None, default: float | None) -> tuple[str, str]:
+    if estimate is None:
+        return "", ""
+    times = f"{estimate.mean / default:.2f}" if default else ""
+    return f"{estimate.mean:.3f} +-{estimate.standard_error:.3f}", times
 
 
 @contextmanager
@@ -193,6 +242,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of target/title of the cuts to make")
     parser.add_argument("--samples", type=int, default=32, help="samples to score")
     parser.add_argument("--held-out", type=int, default=16, help="samples to evaluate")
+    parser.add_argument("--compensate", action="store_true", help="also with projections fitted by least squares")
     parser.add_argument("--experts", action="store_true", help="on a small model with experts, which is trained first")
     parser.add_argument("--training-steps", type=int, default=600)
     parser.add_argument("--json", type=Path)
@@ -205,25 +255,30 @@ def main() -> None:
         else:
             found = run(options.model or smollm2.convert_once(smollm2.default_folder()), CUTS, options, console)
     if options.json:
-        lines = [{"target": c.target, "part": c.part, "method": m, **e._asdict()} for c, m, e in found]
+        lines = [
+            {
+                "target": row.cut.target,
+                "part": row.cut.part,
+                "method": row.method,
+                "rise": row.rise._asdict(),
+                "compensated": None if row.compensated is None else row.compensated._asdict(),
+            }
+            for row in found
+        ]
         options.json.write_text(json.dumps(lines, indent=1) + "\n")
 
 
-def run(
-    folder: Path, cuts: Sequence[Cut], options: argparse.Namespace, console: Console
-) -> list[tuple[Cut, str, Estimate]]:
+def run(folder: Path, cuts: Sequence[Cut], options: argparse.Namespace, console: Console) -> list[Row]:
     scored = samples_of(folder, TEXT / "northanger_abbey.txt", 0, options.samples)
     held_out = samples_of(folder, TEXT / "persuasion.txt", 0, options.held_out)
     trial = Trial(folder, scored, held_out, num_steps=max(1, options.samples // 2))
     parent = ratio(trial.losses, torch.full_like(trial.losses, LENGTH - 1))
     console.print(f"{folder.name}: {parent.mean:.4f} +-{parent.standard_error:.4f} nats per token")
     found = []
-    for entry in measure(trial, cuts, options.only):
-        found.append(entry)
-        cut, method, estimate = entry
-        print(
-            f"{cut.title}, {method}: {estimate.mean:.4f} +-{estimate.standard_error:.4f}", file=sys.stderr, flush=True
-        )
+    for row in measure(trial, cuts, options):
+        found.append(row)
+        both = [f"{e.mean:.4f} +-{e.standard_error:.4f}" for e in (row.rise, row.compensated) if e is not None]
+        print(f"{row.cut.title}, {row.method}: {', fitted '.join(both)}", file=sys.stderr, flush=True)
     show(found, console)
     return found
 
