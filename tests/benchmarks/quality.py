@@ -7,7 +7,7 @@
 Scores come from one pass over the shipped text with ``scores: all``, losses from another novel, by masks in the parent,
 without training. Each rise has a standard error, paired by sample. The published hooks (nvidia-modelopt) are those of
 ``l2_norm`` and ``independent_contribution``, which give the same order; ``random`` is the floor of every target.
-Without ``--model`` it is SmolLM2-135M. With ``--compensate`` each smaller model without FFN channels, heads or experts is
+Without ``--model`` it is SmolLM2-135M. With ``--compensate`` each model without FFN channels, heads or experts is
 made, too, its projections fitted by least squares to the scored text, and run in transformers: minutes for each row.
 With ``--experts`` a model of 6 layers with 16 experts each is trained first, for some minutes, on text of the same
 novels that is neither scored nor evaluated.
