@@ -67,6 +67,10 @@ class RankProcesses:
             time.sleep(0.005)
         return [int(process.exitcode or 0) for process in self._joined()]
 
+    def are_running(self) -> bool:
+        """Whether no rank has ended."""
+        return all(process.exitcode is None for process in self.processes)
+
     def signal(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one rank, if it still runs."""
         process = self.processes[rank]
