@@ -1,11 +1,11 @@
 """Whether scores are as sure as a run says: its standard errors and overlaps beside those between many disjoint texts.
 
-    python -m tests.benchmarks.spread [--texts 20] [--samples 16] [--model FOLDER]
+    python -m tests.benchmarks.spread [--texts 20] [--samples 16] [--length 255] [--model FOLDER]
 
-The shipped novel is cut into texts of as many tokens each, which are scored one by one with ``low_loss``, in eight
-steps. For each target: the standard error that a run tells (the root of the mean square over runs and units of a
-vector, its median over vectors) over the standard deviation between runs, and the overlap that a run expects beside
-that which two runs have. Without ``--model`` it is SmolLM2-135M.
+The shipped novel is cut into texts of as many tokens each, of whose beginnings samples are taken, which are scored one
+text after the other with ``low_loss``, in eight steps. For each target: the standard error that a run tells (the root
+of the mean square over runs and units of a vector, its median over vectors) over the standard deviation between runs,
+and the overlap that a run expects beside that which two runs have. Without ``--model`` it is SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -39,14 +39,19 @@ class Vector(NamedTuple):
     overlap: float
 
 
-def texts_of(folder: Path, number: int, num_samples: int) -> list[Tensor]:
-    """Return disjoint texts, [samples, tokens] each, which together are the whole novel but for a remainder."""
+def texts_of(folder: Path, number: int, num_samples: int, length: int) -> list[Tensor]:
+    """Return disjoint texts, [samples, length] each, from as many places of the novel."""
     from transformers import AutoTokenizer
 
     novel = (TEXT / "northanger_abbey.txt").read_text()
     tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(novel, verbose=False)["input_ids"])
-    length = len(tokens) // (number * num_samples)
-    return list(tokens[: number * num_samples * length].view(number, num_samples, length))
+    of_text = len(tokens) // number
+    used = num_samples * length
+    if used > of_text:
+        raise SystemExit(
+            f"{number} texts have {of_text} tokens each, fewer than {num_samples} x {length}: ask for less"
+        )
+    return list(tokens[: number * of_text].view(number, of_text)[:, :used].view(number, num_samples, length))
 
 
 def score(model: nn.Module, text: Tensor) -> megascore.Scores:
@@ -80,15 +85,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--texts", type=int, default=20)
     parser.add_argument("--samples", type=int, default=16, help="samples of each text")
+    parser.add_argument("--length", type=int, default=255, help="tokens of each sample")
     parser.add_argument("--model", type=Path)
     options = parser.parse_args()
     folder = options.model or smollm2.convert_once(smollm2.default_folder())
-    model, texts = load(folder), texts_of(folder, options.texts, options.samples)
+    model, texts = load(folder), texts_of(folder, options.texts, options.samples, options.length)
     runs = [score(model, text) for text in texts]
     found = defaultdict(list)
     for key, own in runs[0].uncertainty.items():
         if own.overlap is not None:
-            groups = runs[0].metadata["num_kv_heads"] if "/attention_heads/" in key else 1
+            groups = runs[0].metadata["model"]["num_kv_heads"] if "/attention_heads/" in key else 1
             found[key.split("/", 1)[1]].append(compare(key, runs, groups))
     table = Table("score", "vectors", "told / true error", "smallest", "largest", "expected overlap", "overlap")
     for name, vectors in found.items():
