@@ -13,7 +13,7 @@ from megascore.parallel.comm import gather_objects, max_over_world, world_rank, 
 from megascore.scores.score_file import split_key
 from megascore.sites.site import Site
 
-__all__ = ["check_finite", "not_finite"]
+__all__ = ["check_finite", "has_bad_token", "not_finite"]
 
 
 def check_finite(sites: Sequence[Site], order: Sequence[str], step: int) -> None:
@@ -35,6 +35,17 @@ def check_finite(sites: Sequence[Site], order: Sequence[str], step: int) -> None
     found = [first for first in gather_objects(_first(sites, order) if is_bad else None) if first is not None]
     _, rank, name, score = min(found)
     raise not_finite(step, name, rank, score)
+
+
+def has_bad_token(activation: Tensor, mask: Tensor | None) -> Tensor:
+    """Return whether a token that counts has NaN or infinity: [] bool, on the device, for which nothing waits.
+
+    Args:
+        activation: [..., channels].
+        mask: Which tokens count, bool [...]; None: all.
+    """
+    bad = ~activation.isfinite().all(-1)
+    return (bad if mask is None else bad & mask).any()
 
 
 def not_finite(step: int, name: str, rank: int, score: str) -> ModelError:

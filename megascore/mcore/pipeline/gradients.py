@@ -16,7 +16,7 @@ from megascore.hooks.taylor import TaylorHook
 from megascore.mcore.pipeline.schedule import MicroBatch, empty_hidden_states, forward_step, output_layers
 from megascore.mcore.pipeline.token_losses import loss_gradient
 from megascore.parallel.comm import agree, world_rank
-from megascore.runs.finiteness import not_finite
+from megascore.runs.finiteness import has_bad_token, not_finite
 from megascore.runs.scoring_run import ScoringRun
 from megascore.sites.site import Site
 from megascore.sites.targets import PlaceKind
@@ -137,7 +137,7 @@ class GradientPasses:
             activation = first_output.detach() - inputs.detach() if of_layer else inputs.detach()
             own_mask = None if mask is None else site.place.local_mask(mask, activation)
             # Told by the activations: behind them every gradient of the model is as bad.
-            is_bad = _has_bad_token(activation, own_mask)
+            is_bad = has_bad_token(activation, own_mask)
             self._spoiled[site.key] = is_bad | self._spoiled.get(site.key, False)
 
             def behind_backward(gradient: Tensor) -> None:
@@ -165,11 +165,6 @@ class GradientPasses:
                 f"{expected} micro-batch(es) ran backward, but {'; '.join(wrong)} gradient(s): the model does not pass "
                 "gradients on there. Score by a method without gradients, such as l2_norm or block_similarity."
             )
-
-
-def _has_bad_token(activation: Tensor, mask: Tensor | None) -> Tensor:
-    bad = ~activation.isfinite().all(-1)
-    return (bad if mask is None else bad & mask).any()
 
 
 def _backward(given: Tensor | None, output: Tensor, gradient: Tensor | None) -> None:

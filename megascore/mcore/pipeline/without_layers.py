@@ -21,6 +21,7 @@ from megascore.mcore.sites.inventory import decoder_of
 from megascore.mcore.sites.masks import SequenceMask
 from megascore.parallel.axes import Axis
 from megascore.parallel.comm import agree, gather_objects
+from megascore.runs.finiteness import has_bad_token
 from megascore.runs.scoring_run import ScoringRun
 from megascore.scores.assemble import layer_of
 from megascore.sites.requests import ScoreRequest
@@ -130,7 +131,7 @@ class WithoutLayers:
         own_mask = None if mask is None else mask.to(self._device, non_blocking=True)
         inputs = {**self._passes.before, **({} if whole is None else {self._num_layers: whole.hidden_states})}
         for layer, hidden_states in inputs.items():
-            sums["spoiled"][layer] += _has_bad_token(hidden_states, self._own(own_mask, hidden_states))
+            sums["spoiled"][layer] += has_bad_token(hidden_states, self._own(own_mask, hidden_states))
         if self._span is not None:
             for first in range(self._num_layers - self._span + 1):
                 self._add_span(first, first + self._span, whole, own_mask, sums)
@@ -202,11 +203,6 @@ def _count(layer: int, hidden_states: Tensor, mask: Tensor | None, tokens: Tenso
     number = hidden_states.shape[:-1].numel() if mask is None else mask.sum()
     tokens[layer] += number
     calls[layer] += number > 0
-
-
-def _has_bad_token(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-    bad = ~hidden_states.isfinite().all(-1)
-    return (bad if mask is None else bad & mask).any()
 
 
 def _blame_first_bad_layer(table: Tensor, spoiled: Tensor) -> None:

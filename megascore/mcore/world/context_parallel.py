@@ -90,6 +90,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of this rank's part. Collective over the group."""
-        whole = gradients[0].contiguous()
+        # A copy, for what autograd hands over may be another node's, too.
+        whole = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(whole, group=ctx.group)
         return whole.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
