@@ -10,7 +10,7 @@ from megascore.plans.orders import Orders
 from megascore.plans.units import LayerUnits, Units, all_units, heads_in_group
 from megascore.weights.huggingface.config import HuggingFaceModelConfig
 
-__all__ = ["Sizes", "choose_units", "sorted_units", "spread_over_layers"]
+__all__ = ["Sizes", "choose_layers", "choose_units", "sorted_units", "spread_over_layers"]
 
 Sizes = Mapping[str, int]
 """How many units are kept, by target; targets that are left out stay whole."""
@@ -28,12 +28,21 @@ def choose_units(config: HuggingFaceModelConfig, sizes: Sizes, orders: Orders) -
         PlanError: the orders know nothing of a target.
     """
     whole = all_units(config)
-    layers = _kept(orders, "layers", None, None, whole.layers, sizes)
+    layers = choose_layers(config, sizes.get("layers", len(whole.layers)), orders)
     return Units(
         _kept(orders, "hidden_size", None, None, whole.hidden_size, sizes),
         layers,
         {layer: _layer_units(config, layer, whole.of_layers[layer], sizes, orders) for layer in layers},
     )
+
+
+def choose_layers(config: HuggingFaceModelConfig, number: int, orders: Orders) -> tuple[int, ...]:
+    """Return the most important layers, in the order of the parent; ``orders`` is asked only if some go.
+
+    Raises:
+        PlanError: the orders know nothing of layers.
+    """
+    return _kept(orders, "layers", None, None, tuple(range(config.architecture.num_layers)), {"layers": number})
 
 
 def sorted_units(config: HuggingFaceModelConfig, orders: Orders, targets: set[str]) -> Units:

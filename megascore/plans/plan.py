@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megascore.errors import PlanError
-from megascore.plans.choose import choose_units, spread_over_layers
+from megascore.plans.choose import choose_layers, choose_units, spread_over_layers
 from megascore.plans.model_size import ModelSize, kv_cache_bytes, model_size
 from megascore.plans.orders import ScoreOrders
 from megascore.plans.parent import Parent
@@ -130,14 +130,14 @@ def plan_for(found: Scores, path: str, parent: Parent, request: PlanRequest) -> 
         PlanError: what is asked for can't be.
     """
     config, request = parent.config, _with_absolute_budget(request, parent)
-    sizes = resolve_sizes(request, config, parent.bytes_per_value)
+    orders = ScoreOrders(found, request.methods)
+    sizes = resolve_sizes(request, config, parent.bytes_per_value, lambda number: choose_layers(config, number, orders))
     before = sizes_of_parent(config)
     if sizes == before and not request.per_layer:
         raise PlanError(
             f"by the rules nothing goes: every size stays what it is ({_sizes_text(sizes)}). Ask for less, or for a "
             f"finer multiple_of."
         )
-    orders = ScoreOrders(found, request.methods)
     units = choose_units(config, sizes, orders)
     orders.check_kept("layers", sizes["layers"])
     if request.per_layer:
@@ -156,7 +156,6 @@ def plan_for(found: Scores, path: str, parent: Parent, request: PlanRequest) -> 
         after=after,
         warnings=(
             *warnings_of(found, config, sizes, units, orders),
-            *_budget_warnings(parent, request, units, after),
             *([WHO_LOADS_PER_LAYER] if request.per_layer else []),
         ),
     )
@@ -182,16 +181,6 @@ def _spread(parent: Parent, request: PlanRequest, units: Units, orders: ScoreOrd
             "as each layer keeps a multiple of it."
         )
     return spread_over_layers(parent.config, units, orders, step)
-
-
-def _budget_warnings(parent: Parent, request: PlanRequest, units: Units, after: ModelSize) -> list[str]:
-    """Tell where the layers that went have other sizes than the average that the budget was met with."""
-    if request.budget is None:
-        return []
-    name, most = request.budget
-    cost = _cost(name, parent, units, after, request)
-    over = cost > most
-    return [f"{name} comes to {cost:,}, over the budget of {most:,.0f}: layers differ in size. Ask for less."] * over
 
 
 def _with_absolute_budget(request: PlanRequest, parent: Parent) -> PlanRequest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from megascore.errors import PlanError
@@ -12,7 +12,7 @@ from megascore.plans.units import LayerUnits, Units, experts_per_token
 from megascore.weights.huggingface.config import HuggingFaceModelConfig
 from megascore.weights.huggingface.families import FAMILIES
 
-__all__ = ["check_sizes", "resolve_sizes", "sizes_of_parent"]
+__all__ = ["LayersKept", "check_sizes", "resolve_sizes", "sizes_of_parent"]
 
 ORDER = ("layers", "ffn", "kv_heads", "attention_heads", "hidden_size", "experts", "expert_ffn")
 """Heads behind KV heads, whose number they depend on, and the hidden size behind heads."""
@@ -35,7 +35,16 @@ def sizes_of_parent(config: HuggingFaceModelConfig) -> dict[str, int]:
     return sizes
 
 
-def resolve_sizes(request: PlanRequest, config: HuggingFaceModelConfig, bytes_per_value: int) -> dict[str, int]:
+LayersKept = Callable[[int], Sequence[int]]
+"""Says which layers stay, of so many; a smaller number is part of a larger one."""
+
+
+def resolve_sizes(
+    request: PlanRequest,
+    config: HuggingFaceModelConfig,
+    bytes_per_value: int,
+    layers_kept: LayersKept | None = None,
+) -> dict[str, int]:
     """Return how many units the smaller model has, of every target that the model has.
 
     Sizes that are asked for as parts become the nearest one that the rules allow; of a budget the largest that meets it
@@ -45,6 +54,7 @@ def resolve_sizes(request: PlanRequest, config: HuggingFaceModelConfig, bytes_pe
         request: What is asked for.
         config: The parent.
         bytes_per_value: Of the checkpoint's type.
+        layers_kept: Which layers a budget is counted with, where layers differ in size; None for any.
 
     Raises:
         PlanError: a target that the model does not have, a size that the rules do not allow, or a budget that can't be
@@ -59,7 +69,7 @@ def resolve_sizes(request: PlanRequest, config: HuggingFaceModelConfig, bytes_pe
         if target in parent:
             wanted = request.widths.get(target, parent[target] if target != "attention_heads" else None)
             sizes[target] = _resolved(target, wanted, request, config, sizes)
-    return sizes if request.budget is None else _meet_budget(request, config, bytes_per_value, sizes)
+    return sizes if request.budget is None else _meet_budget(request, config, bytes_per_value, sizes, layers_kept)
 
 
 def check_sizes(sizes: Mapping[str, int], config: HuggingFaceModelConfig, request: PlanRequest) -> None:
@@ -178,7 +188,11 @@ def _in_group(config: HuggingFaceModelConfig) -> int:
 
 
 def _meet_budget(
-    request: PlanRequest, config: HuggingFaceModelConfig, bytes_per_value: int, fixed: dict[str, int]
+    request: PlanRequest,
+    config: HuggingFaceModelConfig,
+    bytes_per_value: int,
+    fixed: dict[str, int],
+    layers_kept: LayersKept | None,
 ) -> dict[str, int]:
     assert request.budget is not None
     name, most = request.budget
@@ -200,7 +214,9 @@ def _meet_budget(
         return sizes
 
     def cost_at(part: float) -> float:
-        units = _first_units(sizes_at(part), config)
+        sizes = sizes_at(part)
+        layers = range(sizes["layers"]) if layers_kept is None else layers_kept(sizes["layers"])
+        units = _first_units(sizes, layers, config)
         size = model_size(config, units, bytes_per_value)
         if name == "memory":
             return size.bytes + kv_cache_bytes(config, units, bytes_per_value, request.batch, request.length)
@@ -221,17 +237,14 @@ def _meet_budget(
     return sizes_at(parts[low - 1])
 
 
-def _first_units(sizes: Mapping[str, int], config: HuggingFaceModelConfig) -> Units:
-    """Return units of these sizes, whichever they are: enough to count."""
+def _first_units(sizes: Mapping[str, int], layers: Sequence[int], config: HuggingFaceModelConfig) -> Units:
+    """Return units of these sizes in these layers, whichever they are: enough to count."""
     experts = config.architecture.experts
-    num_layers = sizes["layers"]
     heads, kv_heads = tuple(range(sizes["attention_heads"])), tuple(range(sizes["kv_heads"]))
     dense = LayerUnits(heads, kv_heads, tuple(range(sizes.get("ffn", 0))))
     routed = dense
     if experts is not None:
         kept = tuple(range(sizes["experts"]))
         routed = LayerUnits(heads, kv_heads, (), kept, (tuple(range(sizes["expert_ffn"])),) * len(kept))
-    # Of layers with and without experts as large a part stays as there is; which ones, scores will tell.
-    number_of = [layer * config.architecture.num_layers // num_layers for layer in range(num_layers)]
-    of_layers = {layer: routed if experts is not None and experts.layers[layer] else dense for layer in number_of}
-    return Units(tuple(range(sizes["hidden_size"])), tuple(number_of), of_layers)
+    of_layers = {layer: routed if experts is not None and experts.layers[layer] else dense for layer in layers}
+    return Units(tuple(range(sizes["hidden_size"])), tuple(layers), of_layers)
