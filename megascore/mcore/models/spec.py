@@ -63,7 +63,7 @@ def uses_grouped_experts(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether layers are Transformer Engine's: where it is installed and has kernels, which float64 and CPUs have not."""
+    """Whether layers are Transformer Engine's: where it is installed and has kernels, so not in float64."""
     return device.type == "cuda" and dtype != torch.float64 and has_transformer_engine()
 
 

@@ -1,6 +1,6 @@
 """How modules of Transformer Engine are loaded that would not run on a CPU: three rules, for every version of it.
 
-- Assertions that tensors are on a GPU, or that there is one, are left out.
+- Assertions that tensors are on a GPU, or that there is one, are left out, and what only raises otherwise.
 - Its own kernels in Triton and its export to ONNX are modules of names only, as triton and onnxscript are not there.
 - The function that loads the compiled extension does nothing: the shim has put one in its place already.
 """
@@ -56,10 +56,19 @@ class _NamesOnly(Loader):
 
 
 class _WithoutQuestions(ast.NodeTransformer):
-    """Leaves out assertions about CUDA."""
+    """Leaves out assertions about CUDA, and conditions that do nothing but raise without it."""
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        names = {part.attr for part in ast.walk(node.test) if isinstance(part, ast.Attribute)}
+        return self._without(node, node.test)
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        raises = len(node.body) == 1 and isinstance(node.body[0], ast.Raise) and not node.orelse
+        return self._without(node, node.test) if raises else node
+
+    @staticmethod
+    def _without(node: ast.stmt, test: ast.expr) -> ast.AST:
+        names = {part.attr for part in ast.walk(test) if isinstance(part, ast.Attribute)}
         return ast.copy_location(ast.Pass(), node) if names & set(ASKS_FOR_CUDA) else node
 
 
