@@ -22,16 +22,11 @@ LAYOUTS: dict[int, Layouts] = {
     2: {
         "EP=2, grouped": ({"expert": 2}, GROUPED),
         "EP=2, sequential": ({"expert": 2}, SEQUENTIAL),
-        "EP=2, grouped, allgather": ({"expert": 2}, Variant("allgather", "engine_grouped")),
         "TP=2, grouped, each token on both ranks": ({"tensor": 2}, Variant("allgather", "engine_grouped")),
-        "TP=2, ETP=2, grouped": ({"tensor": 2, "expert_tensor": 2}, GROUPED),
         "PP=2, sequential": ({"pipeline": 2}, SEQUENTIAL),
-        "DP=2, grouped": ({}, GROUPED),
     },
     4: {
-        "TP=2 SP, EP=2, grouped": ({**TP_SP, "expert": 2}, GROUPED),
         "TP=2 SP, EP=2, ETP=2, grouped": ({**TP_SP, "expert": 2, "expert_tensor": 2}, GROUPED),
-        "EP=4, a rank without tokens, grouped": ({"expert": 4}, GROUPED),
         "TP=2 SP, EP=2, shared experts overlapped": (
             {**TP_SP, "expert": 2},
             Variant("alltoall", "engine_grouped", overlap=True),
@@ -61,7 +56,7 @@ def test_experts_score_as_the_oracle_says(
             check_tokens(layout, metadata, expected[1])
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_padding_never_counts_for_experts(
     world_size: int, engine: WorkerPool, expected_of_documents: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:

@@ -17,7 +17,7 @@ from megascore.config import ParallelConfig
 from tests.engine.layers import on_megatrons_own_layers
 from tests.mcore.oracle import ITERATIVE, all_scores, moment_scores
 from tests.mcore.order import assert_same_order, spearman
-from tests.mcore.sites import test_masks, test_scores_on_every_layout
+from tests.mcore.sites import test_masks, test_other_models, test_scores_on_every_layout
 from tests.models import save_checkpoint
 from tests.pool import WorkerPool
 
@@ -150,6 +150,15 @@ def test_a_padded_batch_scores_as_its_documents_alone_on(
         assert metadata["num_tokens"] == sum(test_masks.LENGTHS)
     nats, num_tokens = (sum(rank[2][part] for rank in ranks) for part in range(2))
     assert nats / num_tokens == pytest.approx(wanted_loss, rel=TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("zero_centered", [False, True], ids=["gamma", "gamma without the one"])
+def test_layer_norms_and_their_biases_score_as_the_oracle_says(zero_centered: bool, engine: WorkerPool) -> None:
+    expected = engine.run(1, on_megatrons_own_layers, test_other_models.compute_expected)[0]
+    for world_size, degrees in ((1, {}), (2, {"tensor": 2}), (2, TP_SP)):
+        parallel = ParallelConfig(**degrees)
+        for scores in engine.run(world_size, test_other_models.score, parallel, zero_centered):
+            assert_scores(scores, expected, "float64", f"{degrees}")
 
 
 def test_a_kernel_that_the_shim_has_not_raises_by_name(engine: WorkerPool) -> None:
