@@ -13,9 +13,11 @@ from torch import Tensor
 import megascore
 from megascore.config import ParallelConfig
 from tests.engine.layers import on_megatrons_own_layers
+from tests.job import test_compensate
 from tests.job.resumable import Job, assert_same_scores, run_on_rank
 from tests.masks.test_layouts import HEADS, MODELS, Case, logits_of
 from tests.mcore.logits import relative_difference, run_one
+from tests.mcore.pipeline import test_gradients
 from tests.models import reference_logits, save_checkpoint
 from tests.pool import WorkerPool
 from tests.smaller import exact, random_plan
@@ -85,7 +87,9 @@ def test_masks_and_the_pruned_folder_agree(
         assert float((masked - expected).abs().max()) < 5e-6
 
 
-SCORES = ("ffn", "attention_heads", "hidden_size", "layers", "experts", "expert_ffn")
+SCORES = [{"target": target} for target in ("ffn", "attention_heads", "hidden_size", "layers", "experts", "expert_ffn")]
+# These read weights, which are there only while a layer runs.
+SCORES += [{"target": target, "method": "wanda"} for target in ("ffn", "attention_heads", "expert_ffn")]
 
 
 def make_job(folder: Path, checkpoint: Path, tokens: Path) -> Job:
@@ -94,7 +98,7 @@ def make_job(folder: Path, checkpoint: Path, tokens: Path) -> Job:
     sections = {
         "model": {"hf": str(checkpoint), "dtype": "float64"},
         "data": {"tokens": str(tokens), "sequence_length": SEQUENCE_LENGTH},
-        "scores": [{"target": target} for target in SCORES if "expert" not in target or "moe" in checkpoint.name],
+        "scores": [score for score in SCORES if "expert" not in score["target"] or "moe" in checkpoint.name],
         "run": {"output": str(job.output), "device": "cpu", "global_batch_size": 4, "timeout_minutes": 1},
     }
     job.config.write_text(json.dumps(sections))
@@ -123,3 +127,34 @@ def test_layer_by_layer_gives_the_scores_of_a_full_pass_of_megatrons_own_layers(
     assert by_layer.output.exists(), told
     # In float64, but for the router's softmax.
     assert_same_scores(by_layer.scores(), full.scores(), 1e-6 if family == "qwen3_moe" else 1e-9)
+
+
+def test_gradients_pass_through_as_through_megatrons_own_layers(engine: WorkerPool, tmp_path: Path) -> None:
+    """No weight asks for a gradient: what is scored by derivatives is in between."""
+    checkpoint = str(save_checkpoint(tmp_path / "llama", "llama"))
+    expected = engine.run(1, on_megatrons_own_layers, test_gradients.compute_expected, checkpoint)[0]
+    layouts: dict[str, dict[str, Any]] = {"TP=2 SP": TP_SP, "PP=2": {"pipeline": 2}, "TP=2": {"tensor": 2}}
+    for found in engine.run(2, test_gradients.score_on, checkpoint, layouts):
+        for layout, scores in found.items():
+            test_gradients.check(layout, scores, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted", "overrides"),
+    [
+        ("qwen3", {"hidden_size": 56, "ffn": 72, "layers": 3}, ("parallel.tensor=2", "parallel.sequence=true")),
+        ("mixtral", {"attention_heads": 2, "experts": 3, "expert_ffn": 56}, ("parallel.expert=2",)),
+    ],
+)
+def test_projections_are_fitted_as_with_megatrons_own_layers(
+    family: str, wanted: dict[str, int], overrides: tuple[str, ...], engine: WorkerPool, tmp_path: Path
+) -> None:
+    test_compensate.make_files(tmp_path, family, {}, **wanted)
+    fit = test_compensate.compensate_on_rank
+    assert engine.run(1, on_megatrons_own_layers, fit, tmp_path, "own") == [None]
+    assert engine.run(2, fit, tmp_path, "engine", overrides) == [None, None]
+    expected = test_compensate.weights_of(tmp_path / "own")
+    found = test_compensate.weights_of(tmp_path / "engine")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], **test_compensate.TOLERANCE, msg=name)
