@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -58,8 +59,16 @@ class _Worker:
 class WorkerPool:
     """Worker processes that form gloo worlds of any size on demand."""
 
-    def __init__(self) -> None:
-        """Start nothing: workers come with the first call that needs them."""
+    def __init__(self, initializer: Callable[..., None] | None = None, *args: Any) -> None:
+        """Start nothing: workers come with the first call that needs them.
+
+        Args:
+            initializer: Called as ``initializer(*args)`` in each worker before anything else, so that it can decide
+                what later imports find: a module-level function of a module that imports little. Its errors are
+                those of the worker's first call.
+            args: Picklable arguments.
+        """
+        self._initializer = None if initializer is None else partial(initializer, *args)
         self._store: TCPStore | None = None
         self._workers: list[_Worker] = []
         self._num_calls = 0
@@ -106,7 +115,7 @@ class WorkerPool:
         try:
             while len(self._workers) < world_size:
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(there, self._store.port), daemon=True)
+                process = context.Process(target=_serve, args=(there, self._store.port, self._initializer), daemon=True)
                 process.start()
                 there.close()
                 self._workers.append(_Worker(process, here))
@@ -161,17 +170,28 @@ def _kill(worker: _Worker, *, show_stack: bool) -> None:
     worker.connection.close()
 
 
-def _serve(connection: Connection, port: int) -> None:
+def _serve(connection: Connection, port: int, initializer: Callable[[], None] | None) -> None:
     """Answer calls until the parent closes the connection."""
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     store = TCPStore(HOST, port, is_master=False)
+    failure = _failure_of(initializer)
     while True:
         try:
             request = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(_answer(request, store))
+        connection.send_bytes(failure or _answer(request, store))
+
+
+def _failure_of(initializer: Callable[[], None] | None) -> bytes | None:
+    """Return what a worker that could not start answers to every call."""
+    try:
+        if initializer is not None:
+            initializer()
+    except Exception as error:
+        return pickle.dumps((False, f"{type(error).__name__} at the start: {error}\n{traceback.format_exc()}"))
+    return None
 
 
 def _answer(request: bytes, store: Store) -> bytes:

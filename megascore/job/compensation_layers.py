@@ -147,7 +147,8 @@ class LayerRefits:
         def run(index: int) -> None:
             # A layer that goes leaves the hidden states as they are.
             if is_here and is_kept:
-                with self._masks(places), swapped_weights(new):
+                # In this order: the masks of grouped experts are zeros in their weights.
+                with swapped_weights(new), self._masks(places):
                     self._runners[chunk].run_layer(position, index, None)
 
         self._go_over(run)
@@ -183,8 +184,8 @@ class LayerRefits:
             # Once: what sends it along with tokens knows it by its identity.
             mask = None if mask is None else mask.to(self._inputs.form.device)
             with (
-                self._masks(around),
                 swapped_weights(done),
+                self._masks(around),
                 followed_mask([place for place in places if place.kind in kinds], mask),
                 caught_inputs(own) as caught,
             ):

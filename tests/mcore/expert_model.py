@@ -20,6 +20,11 @@ NUM_LAYERS, NUM_EXPERTS, TOP_K = 4, 8, 2
 UNREACHABLE = (4, 5)
 """Experts that the router's bias keeps all tokens from; with EP=4 they are all that one rank has."""
 
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -31,6 +36,11 @@ class Variant:
     """Shared experts run beside the dispatcher, which then does their communication."""
     dtype: str = "float64"
     """Of the model; grouped experts are stand-ins in float64 only."""
+
+    @property
+    def of_engine(self) -> bool:
+        """Whether all layers are Transformer Engine's, which only the workers of tests/engine have."""
+        return self.experts.startswith("engine_")
 
 
 def build_expert_model(parallel: ParallelConfig, variant: Variant = Variant()) -> list[Any]:
@@ -88,18 +98,19 @@ def _config(parallel: ParallelConfig, variant: Variant) -> Any:
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type=variant.dispatcher,
         moe_shared_expert_overlap=variant.overlap,
+        moe_grouped_gemm=variant.experts == "engine_grouped",
     )
 
 
 def _block_spec(config: Any, variant: Variant) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     from megascore.mcore.compat import submodules_of
     from megascore.mcore.models.spec import TorchNorm
     from megascore.mcore.world.context_parallel import GatheringAttention
 
+    if variant.of_engine:
+        return _block_spec_of_engine(config, variant)
     dense = get_gpt_layer_local_spec(normalization="RMSNorm")
     moe = get_gpt_layer_local_spec(num_experts=NUM_EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
     for layer in (dense, moe):
@@ -108,11 +119,27 @@ def _block_spec(config: Any, variant: Variant) -> Any:
             layer.submodules.self_attention.submodules.core_attention = GatheringAttention
     moe_parts = submodules_of(moe.submodules.mlp)
     moe_parts.experts = experts_spec(variant, moe_parts.experts)
+    return _own_layers(config, dense, moe, TorchNorm)
+
+
+def _block_spec_of_engine(config: Any, variant: Variant) -> Any:
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    dense = get_gpt_layer_with_transformer_engine_spec()
+    grouped = variant.experts == "engine_grouped"
+    moe = get_gpt_layer_with_transformer_engine_spec(num_experts=NUM_EXPERTS, moe_grouped_gemm=grouped)
+    return _own_layers(config, dense, moe, TENorm)
+
+
+def _own_layers(config: Any, dense: Any, moe: Any, final_norm: Any) -> Any:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
     layers = [dense] + [moe] * (NUM_LAYERS - 1)
     first = get_transformer_layer_offset(config)
-    return TransformerBlockSubmodules(
-        layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=TorchNorm
-    )
+    own = layers[first : first + get_num_layers_to_build(config)]
+    return TransformerBlockSubmodules(layer_specs=own, layer_norm=final_norm)
 
 
 def experts_spec(variant: Variant, sequential: Any) -> Any:
@@ -187,7 +214,9 @@ def _fill(model: nn.Module) -> None:
         prefix = f"decoder.layers.{layer.layer_number - 1}."
         for name, parameter in layer.named_parameters():
             if ".experts." not in name:
-                parameter.copy_(_shard(prefix + name, parameter.shape, *tp))
+                # A norm inside of a linear layer has the weights of the one that would be before it.
+                own = FUSED_NORMS.get(name, name)
+                parameter.copy_(_shard(prefix + own, parameter.shape, *tp))
         if hasattr(layer.mlp, "experts"):
             layer.mlp.router.expert_bias[list(UNREACHABLE)] = -1e4
             _fill_experts(layer.mlp, f"{prefix}mlp.experts.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ EPSILON = 1e-8
 
 LINEARS = {"mlp.linear_fc2": "ffn", "self_attention.linear_proj": "attention_heads"}
 NORMS = ("input_layernorm", "pre_mlp_layernorm")
+FUSED_NORMS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+"""Linear layers that may have the norm before them inside, as Transformer Engine's do, and its name otherwise."""
 
 
 class Recorder:
@@ -47,7 +49,12 @@ class Recorder:
             for name, module in model.named_modules()
             if name.endswith(("linear_fc2", "linear_proj"))
         }
+        inside = dict(_fused_norms(model))
         for name, module in model.named_modules():
+            if name in inside.values():
+                continue  # nothing, where the norm is inside of the linear layer
+            if name in inside:
+                module.register_forward_hook(self._keep_normalized(inside[name]))
             if re.fullmatch(
                 r"decoder\.layers\.\d+(\..*(linear_fc2|linear_proj|layernorm))?|decoder\.final_layernorm", name
             ):
@@ -59,6 +66,31 @@ class Recorder:
             self.outputs[name].append((output[0] if isinstance(output, tuple) else output).detach().double().clone())
 
         return hook
+
+    def _keep_normalized(self, name: str) -> Any:
+        def hook(linear: nn.Module, args: tuple[Tensor, ...], _: Any) -> None:
+            self.outputs[name].append(_normalized(linear, args[0].detach().double()))
+
+        return hook
+
+
+def _fused_norms(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the names of linear layers with a norm inside, and the names that their norms would have."""
+    for name, module in model.named_modules():
+        found = re.fullmatch(r"(decoder\.layers\.\d+)\.(.*)", name)
+        if found and found[2] in FUSED_NORMS and getattr(module, "layer_norm_weight", None) is not None:
+            yield name, f"{found[1]}.{FUSED_NORMS[found[2]]}"
+
+
+def _normalized(linear: Any, x: Tensor) -> Tensor:
+    """What the norm inside of a linear layer gives, by the formulas of RMSNorm and LayerNorm."""
+    gamma = linear.layer_norm_weight.detach().double() + float(linear.zero_centered_gamma)
+    if linear.normalization == "RMSNorm":
+        return x / ((x**2).mean(-1, keepdim=True) + linear.eps).sqrt() * gamma
+    assert linear.normalization == "LayerNorm"
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = ((centred**2).mean(-1, keepdim=True) + linear.eps).sqrt()
+    return centred / deviation * gamma + linear.layer_norm_bias.detach().double()
 
 
 def expected_scores(recorder: Recorder, num_layers: int, head_dim: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megascore.mcore.compat import has_transformer_engine, submodules_of
 from megascore.mcore.world.context_parallel import GatheringAttention
 
-__all__ = ["TorchNorm", "block_spec", "uses_grouped_experts"]
+__all__ = ["TorchNorm", "block_spec", "uses_grouped_experts", "uses_transformer_engine"]
 
 
 class TorchNorm:
@@ -41,7 +41,7 @@ def block_spec(config: TransformerConfig, device: torch.device, chunk: int | Non
     Returns:
         The ``transformer_layer_spec`` of a ``GPTModel``.
     """
-    if _uses_transformer_engine(device, config.params_dtype):
+    if uses_transformer_engine(device, config.params_dtype):
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
         if config.context_parallel_size > 1 and config.params_dtype == torch.float32:
             # Transformer Engine's kernels for context parallelism take 16 bits only.
@@ -59,11 +59,11 @@ def block_spec(config: TransformerConfig, device: torch.device, chunk: int | Non
 
 def uses_grouped_experts(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the experts of a layer are one grouped layer of Transformer Engine's, rather than a list of MLPs."""
-    return _uses_transformer_engine(device, dtype)
+    return uses_transformer_engine(device, dtype)
 
 
-def _uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
-    # It has no kernels for float64.
+def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers are Transformer Engine's: where it is installed and has kernels, so not in float64."""
     return device.type == "cuda" and dtype != torch.float64 and has_transformer_engine()
 
 

@@ -182,13 +182,22 @@ def _projections(experts: Any, num_local: int) -> Iterator[_Projection]:
             # Of the versions of Transformer Engine that keep all experts in one tensor, only the config says it.
             weight = getattr(linear, f"weight{position}", None)
             width = None if weight is None else weight.shape[1]
-            alone = None if weight is None else partial(WeightAlone, weight)
+            alone = None if weight is None else partial(_weight_alone, linear, position)
             yield ".linear_fc2", linear, width, _read_grouped_linear(position), alone
     elif hasattr(experts, "weight1"):  # GroupedMLP
         width = experts.weight2.numel() // num_local // experts.config.hidden_size
         for position in range(num_local):
-            weight2 = experts.weight2.view(num_local, width, -1)[position].detach().T
-            yield "", experts, width, _read_grouped_weights(experts, position), partial(WeightAlone, weight2)
+            alone = partial(_part_of_weight2, experts, num_local, width, position)
+            yield "", experts, width, _read_grouped_weights(experts, position), alone
+
+
+def _weight_alone(linear: nn.Module, position: int) -> nn.Module:
+    """Return a grouped layer's weight of one expert, as it is now: layer by layer it is another one each time."""
+    return WeightAlone(getattr(linear, f"weight{position}"))
+
+
+def _part_of_weight2(experts: Any, num_local: int, width: int, position: int) -> nn.Module:
+    return WeightAlone(experts.weight2.view(num_local, width, -1)[position].detach().T)
 
 
 def _read_all_experts(first: int, num_local: int, weights_inputs: bool) -> Reader:

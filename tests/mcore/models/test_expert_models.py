@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from megascore.config import ParallelConfig
-from megascore.mcore.models import spec
 from megascore.weights.huggingface.config import read_config
-from tests.mcore.expert_model import Variant, experts_spec
-from tests.mcore.logits import Expected, Output, relative_difference, run_models, run_one
+from tests.mcore.logits import Expected, relative_difference, run_models
 from tests.mcore.models.test_load import bytes_read
 from tests.models import reference_loss, tensors_of
 from tests.pool import WorkerPool
@@ -88,28 +84,3 @@ def test_layers_with_experts_are_those_that_transformers_has_them_in(expected: E
     assert layers("mixtral") == "1111"
     assert layers("qwen3_moe with dense layers") == "1011"
     assert layers("qwen3_moe, normalized") == "0101"
-
-
-def run_grouped(directory: Path, parallel: ParallelConfig, tokens: Tensor) -> Output:
-    """Run a model whose experts are one grouped layer, as with Transformer Engine, by a stand-in for that layer."""
-    with pytest.MonkeyPatch.context() as patch:
-        original = spec.get_gpt_decoder_block_spec
-
-        def grouped(*args: Any, **kwargs: Any) -> Any:
-            block = original(*args, **kwargs)
-            for layer in block.layer_specs:
-                layer.submodules.mlp.submodules.experts = experts_spec(Variant(experts="te_grouped"), None)
-            return block
-
-        patch.setattr(spec, "get_gpt_decoder_block_spec", grouped)
-        return run_one(directory, parallel, tokens)
-
-
-def test_grouped_experts_are_loaded_as_the_others_are(world: WorkerPool, expected: Expected) -> None:
-    directory, tokens = expected.directories["mixtral"], expected.tokens
-    parallel = ParallelConfig(tensor=2, sequence=True, expert_tensor=2)
-    one_by_one = world.run(2, run_one, directory, parallel, tokens)[0].logits
-    at_once = world.run(2, run_grouped, directory, parallel, tokens)[0].logits
-    assert one_by_one is not None
-    assert at_once is not None
-    assert relative_difference(at_once, one_by_one) < 1e-12

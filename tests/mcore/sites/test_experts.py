@@ -40,7 +40,6 @@ LAYOUTS: dict[int, Layouts] = {
     1: {
         "one process": ({}, Variant()),
         "all-to-all": ({}, Variant("alltoall")),
-        "grouped by Transformer Engine": ({}, Variant("alltoall", "te_grouped")),
         "grouped by Megatron": ({}, Variant("allgather", "legacy_grouped")),
         "float32": ({}, Variant(dtype="float32")),
     },
@@ -52,7 +51,6 @@ LAYOUTS: dict[int, Layouts] = {
         "CP=2, EP=2": ({"context": 2, "expert": 2}, Variant("alltoall")),
         "TP=2, each token on both ranks": ({"tensor": 2}, Variant()),
         "TP=2, experts split": ({"tensor": 2, "expert_tensor": 2}, Variant("alltoall")),
-        "EP=2, grouped by Transformer Engine": ({"expert": 2}, Variant("alltoall", "te_grouped")),
         "TP=2, EP=2, grouped by Megatron": ({"expert": 2, "tensor": 2}, Variant("alltoall", "legacy_grouped")),
     },
     4: {
@@ -63,7 +61,6 @@ LAYOUTS: dict[int, Layouts] = {
         "TP=2, EP=2": ({"tensor": 2, "expert": 2}, Variant()),
         "TP=2 SP, EP=2, ETP=2": ({**TP_SP, "expert": 2, "expert_tensor": 2}, Variant()),
         "TP=2, EP=2, ETP=2": ({"tensor": 2, "expert": 2, "expert_tensor": 2}, Variant("alltoall")),
-        "ETP=2 grouped": ({**TP_SP, "expert": 2, "expert_tensor": 2}, Variant("alltoall", "te_grouped")),
         "TP=2 SP, CP=2, EP=4": ({**TP_SP, "context": 2, "expert": 4}, Variant("alltoall")),
         "PP=2, EP=2": ({"pipeline": 2, "expert": 2}, Variant()),
         "TP=2 SP, EP=2, ETP=2, float32": (

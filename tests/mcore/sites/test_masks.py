@@ -53,7 +53,6 @@ EXPERT_LAYOUTS: dict[int, Layouts] = {
     2: {
         "EP=2, allgather": ({"expert": 2}, Variant()),
         "EP=2, all-to-all": ({"expert": 2}, Variant("alltoall")),
-        "EP=2, grouped by Transformer Engine": ({"expert": 2}, Variant("alltoall", "te_grouped")),
         "CP=2, EP=2": ({"context": 2, "expert": 2}, Variant("alltoall")),
         "TP=2, each token on both ranks": ({"tensor": 2}, Variant()),
         "PP=2": ({"pipeline": 2}, Variant("alltoall")),

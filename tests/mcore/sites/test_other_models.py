@@ -1,7 +1,8 @@
-"""Models of another make than the checkpoints: GPT-2 with one KV head, and Transformer Engine's fused modules."""
+"""Models of another make than the checkpoints: GPT-2 with one KV head."""
 
 from __future__ import annotations
 
+import re
 import zlib
 from datetime import timedelta
 from typing import Any
@@ -23,6 +24,9 @@ TOLERANCE = 1e-9
 """float64: only the order of additions differs."""
 
 ROWS_SPLIT = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", "word_embeddings.weight")
+NORM_INSIDE = re.compile(r"(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_(weight|bias)")
+NORMS_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+"""A norm inside of a linear layer has the weights of the one that would be before it."""
 COLUMNS_SPLIT = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -31,8 +35,11 @@ def make_tokens() -> list[Tensor]:
     return list(torch.randint(0, VOCAB, (3, SEQUENCE_LENGTH), generator=generator).split(1))
 
 
-def build_gpt2(parallel: ParallelConfig) -> Any:
-    """LayerNorm, plain GELU, biases, learned positions, tied embeddings, and one KV head for all query heads."""
+def build_gpt2(parallel: ParallelConfig, zero_centered: bool = False) -> Any:
+    """LayerNorm, plain GELU, biases, learned positions, tied embeddings, and one KV head for all query heads.
+
+    The norms' weights may be kept without the one, which Transformer Engine's layers can.
+    """
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -45,6 +52,7 @@ def build_gpt2(parallel: ParallelConfig) -> Any:
         num_attention_heads=HEADS,
         num_query_groups=1,
         normalization="LayerNorm",
+        layernorm_zero_centered_gamma=zero_centered,
         activation_func=nn.functional.gelu,
         add_bias_linear=True,
         hidden_dropout=0.0,
@@ -64,7 +72,10 @@ def build_gpt2(parallel: ParallelConfig) -> Any:
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(part_of_weight(name, parameter.shape, parallel.tensor))
+            own = NORM_INSIDE.sub(lambda found: f"{NORMS_BEFORE[found[1]]}.{found[2]}", name)
+            parameter.copy_(part_of_weight(own, parameter.shape, parallel.tensor))
+            if zero_centered and own.endswith("layernorm.weight"):
+                parameter -= 1
     return model.eval()
 
 
@@ -110,51 +121,34 @@ def compute_expected() -> dict[str, Tensor]:
         return {**scores, **expected_contributions(recorder, NUM_LAYERS, 1, SAMPLES)}
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain modules", "Transformer Engine stand-ins"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_scores_equal_the_oracle(world_size: int, fused: bool, world: WorkerPool, expected: dict[str, Tensor]) -> None:
+def test_scores_equal_the_oracle(world_size: int, world: WorkerPool, expected: dict[str, Tensor]) -> None:
     layouts = [ParallelConfig()] if world_size == 1 else [ParallelConfig(tensor=2, sequence=s) for s in (False, True)]
     for parallel in layouts:
-        for scores in world.run(world_size, score, parallel, fused):
+        for scores in world.run(world_size, score, parallel):
             assert scores.keys() == expected.keys()
             for key, value in scores.items():
                 torch.testing.assert_close(value, expected[key], rtol=TOLERANCE, atol=0, msg=f"{key} on {parallel}")
                 assert value.argsort(stable=True).tolist() == expected[key].argsort(stable=True).tolist(), key
 
 
-def score(parallel: ParallelConfig, fused: bool) -> dict[str, Tensor]:
+def score(parallel: ParallelConfig, zero_centered: bool = False) -> dict[str, Tensor]:
     with parallel_world(parallel):
-        model = build_gpt2(parallel)
-        if fused:
-            for layer in model.decoder.layers:
-                fuse(layer)
+        model = build_gpt2(parallel, zero_centered)
         with megascore.attach(model, scores=all_scores(len(SAMPLES))) as run:
             run_samples(model, run)
         return dict(run.finish())
 
 
-def fuse(layer: Any) -> None:
-    """Put Transformer Engine's way of dividing the work in the place of Megatron's own."""
-    from megatron.core.transformer.identity_op import IdentityOp
-
-    layer.self_attention.linear_qkv = LayerNormColumnLinear(layer.input_layernorm, layer.self_attention.linear_qkv)
-    layer.input_layernorm = IdentityOp()
-    # Gamma as Transformer Engine keeps it with zero_centered_gamma: without the one.
-    layer.mlp.linear_fc1 = LayerNormColumnLinear(layer.pre_mlp_layernorm, layer.mlp.linear_fc1, zero_centered=True)
-    layer.pre_mlp_layernorm = IdentityOp()
-    layer.self_attention.linear_proj = RowLinear(layer.self_attention.linear_proj)
-    layer.mlp.linear_fc2 = RowLinear(layer.mlp.linear_fc2)
-
-
 class LayerNormColumnLinear(nn.Module):
     """What megascore sees of TELayerNormColumnParallelLinear: no norm module, its weights beside the linear's."""
 
-    def __init__(self, norm: nn.LayerNorm, linear: Any, zero_centered: bool = False) -> None:
+    def __init__(self, norm: nn.LayerNorm, linear: Any) -> None:
         super().__init__()
-        self.layer_norm_weight = nn.Parameter(norm.weight.detach() - 1 if zero_centered else norm.weight.detach())
+        self.layer_norm_weight = nn.Parameter(norm.weight.detach())
         self.layer_norm_weight.sequence_parallel = linear.sequence_parallel
         self.layer_norm_bias = nn.Parameter(norm.bias.detach())
-        self.normalization, self.eps, self.zero_centered_gamma = "LayerNorm", norm.eps, zero_centered
+        self.normalization, self.eps, self.zero_centered_gamma = "LayerNorm", norm.eps, False
         self.parallel_mode, self.config = "column", linear.config
         self.weight, self.bias = linear.weight, linear.bias
         # In a list: its kernel is no submodule.
