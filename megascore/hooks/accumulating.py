@@ -42,6 +42,9 @@ class AccumulatingHook(HasMethod, ABC):
     """Size of what the module gives out for a token, where the place knows it and channels are something else."""
     additive = True
     """Whether parts of the data can be measured one by one, and their statistics added up in any order."""
+    is_large = False
+    """Whether the statistics are many times as large as the score: kept where the method is named, and only once, so
+    that there is no standard error, which takes them for each group of steps."""
     shared: ClassVar[type[AccumulatingHook] | None] = None
     """The class at the root of a family of methods that one hook can serve together; None for one that stands alone."""
     keeps: ClassVar[tuple[str, ...]] = ()

@@ -26,8 +26,7 @@ class OutputVarianceHook(
     take eight times as many numbers.
     """
 
-    # Its parts would add up, but groups of steps and `scores: all` would keep the means, too.
-    additive = False
+    is_large = True
     shared = None
 
     def declare(self, num_channels: int) -> tuple[Statistic, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from megascore.errors import ConfigError
 from megascore.hooks.measured import MeasuredHook
-from megascore.hooks.statistics import State, Statistic
+from megascore.hooks.statistics import Merge, State, Statistic
 
 __all__ = ["SpanSimilarityHook"]
 
@@ -74,10 +75,24 @@ class SpanSimilarityHook(
         return {"span": self.span}
 
     def declare(self, num_channels: int) -> tuple[Statistic, ...]:
-        """Return the sum of cosines; ``num_channels`` is 1, the layer with which the span begins."""
-        return (Statistic("sum_of_cosines", (num_channels,)),)
+        """Return the sum of cosines, and the span, without which two files might be merged that have other ones.
 
-    def compute(self, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
+        ``num_channels`` is 1, the layer with which the span begins.
+        """
+        return (
+            Statistic("sum_of_cosines", (num_channels,)),
+            Statistic("span", (), torch.int64, merge=Merge.REPLICATED),
+        )
+
+    def allocate(self, num_channels: int, device: torch.device | str) -> None:
+        """Allocate as every hook does; the span is there from the start."""
+        fresh = not self._state
+        super().allocate(num_channels, device)
+        if fresh:
+            self._state["span"].fill_(self.span)
+
+    @classmethod
+    def compute(cls, state: State, *, num_calls: float = 1.0) -> dict[str, Tensor]:
         """Return ``score`` [1]; ``num_calls`` has no part in it."""
-        self._require_data(state)
+        cls._require_data(state)
         return {"score": 1 - state["sum_of_cosines"] / state["num_tokens"]}

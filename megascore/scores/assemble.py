@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megascore.errors import LayoutError
+from megascore.hooks.registry import methods_of
 from megascore.hooks.statistics import State
 from megascore.scores.score_file import Scores, Unseen, split_key
 from megascore.scores.uncertainty import Measured, Uncertainty, uncertainties
@@ -101,7 +102,7 @@ def assemble_scores(
         content,
         vectors.unseen,
         uncertainty=_uncertainty(vectors, content),
-        statistics={key: state for key, state in found.states.items() if groups_with_data(state)}
+        statistics={key: state for key, state in found.states.items() if _adds_up(key) and int(state["num_tokens"])}
         if keeps_statistics
         else {},
     )
@@ -161,9 +162,11 @@ def _stack_layers(name: str, keys: Sequence[str], vectors: _Vectors) -> None:
     vectors.values[name] = vector
     if missing:
         vectors.unseen[name] = missing
-    replicates = [vectors.replicates.pop(key) for key in seen if key in vectors.replicates]
-    if replicates and len(replicates) == len(ordered) and len({len(values) for values in replicates}) == 1:
-        vectors.replicates[name] = torch.cat(replicates, dim=1)
+    replicates = {key: vectors.replicates.pop(key) for key in seen if key in vectors.replicates}
+    if replicates and len(replicates) == len(seen) and len({len(values) for values in replicates.values()}) == 1:
+        # No number matters for a layer that has no score.
+        nothing = torch.zeros_like(next(iter(replicates.values())))
+        vectors.replicates[name] = torch.cat([replicates.get(key, nothing) for key in ordered], dim=1)
 
 
 def _uncertainty(vectors: _Vectors, metadata: Mapping[str, Any]) -> dict[str, Uncertainty]:
@@ -182,6 +185,13 @@ def _num_competing(key: str, num_units: int, metadata: Mapping[str, Any]) -> int
     if not isinstance(number, int) or number < 1 or num_units % number or number == num_units:
         return 1
     return number
+
+
+def _adds_up(key: str) -> bool:
+    """Tell whether statistics can be added to those of other data: decisions that follow one another can't."""
+    _, target, method = split_key(key)
+    hook: Any = None if method == MOMENTS else methods_of(target)[method].hook
+    return hook is None or bool(hook.additive)
 
 
 def _counts(state: State) -> dict[str, int]:

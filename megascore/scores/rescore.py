@@ -37,6 +37,8 @@ OF_ONE_RUN = (
 )
 """Entries that are not those of a merged file."""
 
+_NO_DATA: State = {name: torch.zeros((), dtype=torch.int64) for name in ("num_calls", "num_tokens")}
+
 
 def rescore(scores: Scores, wanted: Mapping[str, str] | Iterable[Mapping[str, Any]]) -> Scores:
     """Return scores with further methods, computed from the statistics in them; what was there stays.
@@ -51,7 +53,7 @@ def rescore(scores: Scores, wanted: Mapping[str, str] | Iterable[Mapping[str, An
     """
     entries = [{"target": t, "method": m} for t, m in wanted.items()] if isinstance(wanted, Mapping) else list(wanted)
     requests = resolve_scores(entries)
-    found = _found(scores, scores.statistics, requests)
+    found = _found(scores, scores.statistics, requests, _tokens_of_sites([scores]))
     new = assemble_scores(requests, found, _facts(scores.metadata), keeps_statistics=False)
     values = {**scores, **new}
     unseen: dict[str, Unseen] = {**scores.unseen, **new.unseen}
@@ -80,8 +82,10 @@ def merge(files: Sequence[Scores]) -> Scores:
         _refuse_different(first, other, number)
     _refuse_same_data(files)
     requests = resolve_scores([dict(zip(("target", "method"), name.split("/"), strict=True)) for name in _names(first)])
-    states = {key: _sum([scores.statistics[key] for scores in files]) for key in first.statistics}
-    found = _found(first, states, requests)
+    # A file has no statistics of an expert, say, that no token reached.
+    keys = {key: None for scores in files for key in scores.statistics}
+    states = {key: _sum([scores.statistics[key] for scores in files if key in scores.statistics]) for key in keys}
+    found = _found(first, states, requests, _tokens_of_sites(files))
     return assemble_scores(requests, found, _merged_metadata(files))
 
 
@@ -89,8 +93,35 @@ def _names(scores: Scores) -> list[str]:
     return sorted({f"{key.target}/{key.method}" for key in map(split_key, [*scores, *scores.unseen])})
 
 
-def _found(scores: Scores, states: Mapping[str, State], requests: Sequence[ScoreRequest]) -> Found:
+def _tokens_of_sites(files: Sequence[Scores]) -> dict[str, int]:
+    """Return how many tokens reached each site, in all files together, by key."""
+    found: dict[str, int] = {}
+    for scores in files:
+        for key, site in scores.metadata["sites"].items():
+            found[key] = found.get(key, 0) + int(site["num_tokens"])
+    return found
+
+
+def _sites_without_tokens(request: ScoreRequest, tokens: Mapping[str, int]) -> set[str]:
+    """Return keys of a request's scores at sites that no token reached; they have no statistics."""
+    of_site: dict[str, dict[str, int]] = {}
+    for key, number in tokens.items():
+        site, target, method = split_key(key)
+        if target == request.target:
+            of_site.setdefault(site, {})[method] = number
+    return {
+        f"{site}/{request.target}/{request.method}"
+        for site, of_method in of_site.items()
+        # A method of a family that was not asked for in the run has the tokens of the others.
+        if not of_method.get(request.method, max(of_method.values()))
+    }
+
+
+def _found(
+    scores: Scores, states: Mapping[str, State], requests: Sequence[ScoreRequest], tokens: Mapping[str, int]
+) -> Found:
     """Return scores of requests, computed from statistics."""
+    states = dict(states)
     units = _num_units(scores)
     values: dict[str, Tensor] = {}
     of_groups: dict[str, Tensor] = {}
@@ -101,12 +132,13 @@ def _found(scores: Scores, states: Mapping[str, State], requests: Sequence[Score
     for request in requests:
         hook: Any = request.definition.hook
         own = _states_of(request, states)
+        for score_key in _sites_without_tokens(request, tokens):
+            states[score_key], values[score_key] = _NO_DATA, torch.zeros(1)
         for key, state in own.items():
             score_key = f"{key.rpartition('/')[0]}/{request.method}"
             compute = _computing(request, state, units.get(split_key(key)[:2]))
-            values[score_key] = compute(without_groups(state)) if int(state["num_tokens"]) else torch.zeros(1)
-            if int(state["num_tokens"]):
-                of_groups[score_key] = replicates(state, compute, hook.grows_with)
+            values[score_key] = compute(without_groups(state))
+            of_groups[score_key] = replicates(state, compute, hook.grows_with)
             told = told_groups.get(split_key(key)[:2])
             if told is not None:
                 groups[score_key] = told
@@ -198,8 +230,8 @@ def _refuse_different(first: Scores, other: Scores, number: int) -> None:
         differences.append(f"it has the scores {', '.join(_names(other))}, the first {', '.join(_names(first))}")
     if not first.statistics or not other.statistics:
         differences.append("it, or the first, keeps no statistics")
-    elif first.statistics.keys() != other.statistics.keys():
-        differences.append("it has statistics of other sites than the first")
+    elif first.metadata["sites"].keys() != other.metadata["sites"].keys():
+        differences.append("it has scores of other sites than the first")
     differences = differences or _different_statistics(first.statistics, other.statistics)
     if differences:
         shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
@@ -210,13 +242,16 @@ def _different_statistics(first: Mapping[str, State], other: Mapping[str, State]
     """Name the sites whose statistics are of another shape, or of other weights."""
     found = []
     for key, state in first.items():
-        theirs = other[key]
+        theirs = other.get(key)
+        if theirs is None:
+            continue
         if {name: value.shape for name, value in state.items()} != {n: v.shape for n, v in theirs.items()}:
             found.append(f"the statistics of {key} are others than in the first")
             continue
         for name in set(without_groups(state)) - grouped_sums(state):
             if not torch.allclose(state[name].double(), theirs[name].double(), rtol=WEIGHT_TOLERANCE, atol=0):
-                found.append(f"{name} of {key} is another: the weights differ")
+                why = "" if name == "span" else ": the weights differ"
+                found.append(f"{name} of {key} is another{why}")
     return found
 
 

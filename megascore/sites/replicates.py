@@ -34,7 +34,12 @@ def groups_with_data(state: State) -> list[int]:
 
 
 def grouped_sums(state: State) -> set[str]:
-    """Return the names of all statistics of a state with groups that are sums, those of groups among them."""
+    """Return the names of all statistics of a state that are sums, those of groups among them.
+
+    Groups tell which: what is no sum has none. Hooks whose statistics are too large for groups have nothing but sums.
+    """
+    if grouped_name("num_tokens") not in state:
+        return set(state)
     summed = {name for name in without_groups(state) if grouped_name(name) in state}
     return summed | {grouped_name(name) for name in summed}
 

@@ -134,8 +134,8 @@ def recipe(name: str) -> tuple[ScoreRequest, ...]:
 
 
 def _in_one_pass(method: Method) -> bool:
-    additive: bool = getattr(method.hook, "additive")  # noqa: B009 - one of ForwardHook's
-    return additive and not method.hook.needs_job
+    hook: Any = method.hook
+    return bool(hook.additive and not hook.is_large and not hook.needs_job)
 
 
 def resolve_scores(scores: str | Iterable[Mapping[str, Any] | ScoreRequest]) -> tuple[ScoreRequest, ...]:

@@ -189,7 +189,8 @@ def build_sites(view: ModelView, requests: Sequence[ScoreRequest], present: Pres
     for request, place in _wanted(view, _sharing_hooks(requests)):
         with present(place.module):
             hook = hook_at(place, request)
-        groups = StepGroups(hook.statistics(hook.placement.shard.length), hook.state) if hook.additive else None
+        has_groups = hook.additive and not hook.is_large
+        groups = StepGroups(hook.statistics(hook.placement.shard.length), hook.state) if has_groups else None
         unit_size = 1 if hook.units_are_heads else _unit_size(request[0], place)
         sites.append(Site(place, request, hook, unit_size, groups))
     return tuple(sites)

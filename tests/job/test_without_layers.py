@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+import megascore
 from megascore.config import load_config
-from megascore.errors import ConfigError
+from megascore.errors import ConfigError, ScoreFileError
 from tests.job.resumable import Job, assert_same_scores, copy_of, make_job, run_and_stop_on_rank, run_on_rank
 from tests.models import save_checkpoint, save_tokenizer, tensors_of
 from tests.pool import WorkerPool
@@ -88,3 +89,37 @@ def test_a_dry_run_says_what_they_cost(undisturbed: Job) -> None:
         "For loss_without, output_error, span_similarity each step takes about 2.5 further forward passes"
         in shown.getvalue()
     )
+
+
+def test_files_of_two_texts_merge_to_the_run_over_both(
+    undisturbed: Job, model_root: Path, tmp_path: Path, world: WorkerPool
+) -> None:
+    words = (model_root / "words.txt").read_text().split()
+    parts = []
+    for number in range(2):
+        text = tmp_path / f"{number}.txt"
+        text.write_text(" ".join(words[number * len(words) // 2 : (number + 1) * len(words) // 2]))
+        job = make_job(tmp_path / str(number), model_root)
+        shown = world.run(1, run_on_rank, job, (SCORES, f"data.text={text}"))
+        assert job.output.exists(), shown
+        parts.append(job.scores())
+    merged, whole = megascore.merge(parts), undisturbed.scores()
+    assert merged.keys() == whole.keys()
+    assert merged.unseen == whole.unseen
+    for key, value in whole.items():
+        torch.testing.assert_close(merged[key], value, rtol=TOLERANCE, atol=0, msg=key)
+        assert key in merged.uncertainty, key
+    again = megascore.rescore(merged, {"layers": "span_similarity"})
+    assert torch.equal(again[KEYS[-1]], merged[KEYS[-1]])
+
+
+def test_files_of_other_spans_do_not_merge(model_root: Path, tmp_path: Path, world: WorkerPool) -> None:
+    parts = []
+    for span in (1, 2):
+        job = make_job(tmp_path / str(span), model_root)
+        asked = f"scores=[{{target: layers, method: span_similarity, span: {span}}}]"
+        shown = world.run(1, run_on_rank, job, (asked, f"data.num_samples={4 * span}"))
+        assert job.output.exists(), shown
+        parts.append(job.scores())
+    with pytest.raises(ScoreFileError, match="span of decoder.layers.0/layers/span_similarity is another"):
+        megascore.merge(parts)

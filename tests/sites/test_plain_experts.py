@@ -149,3 +149,29 @@ def test_a_mask_of_another_batch_is_refused() -> None:
     with torch.no_grad(), megascore.attach(model, scores=EXPERT_SCORES) as run, pytest.raises(DataError, match="mask"):
         run.token_mask = torch.ones(3, 5, dtype=torch.bool)
         model(TOKENS)
+
+
+def test_files_merge_though_other_experts_were_reached_in_each() -> None:
+    model = make_mixture("mixtral")
+    asked = [*EXPERT_SCORES, {"target": "experts", "method": "output_variance"}]
+
+    def scores_of(*batches: Tensor) -> megascore.Scores:
+        with torch.no_grad(), megascore.attach(model, scores=asked) as run:
+            for batch in batches:
+                model(batch)
+                run.step()
+        return run.finish()
+
+    # Two experts for a token: of four, two at least are unreached.
+    first, second = TOKENS[:1, :1], TOKENS[:1, 3:4]
+    one, other, both = scores_of(first), scores_of(second), scores_of(first, second)
+    assert one.unseen != other.unseen
+    merged = megascore.merge([one, other])
+    assert merged.unseen == both.unseen
+    assert merged.keys() == both.keys()
+    for key, value in both.items():
+        torch.testing.assert_close(merged[key], value, **ROUNDING, msg=key)
+    means = {key: state for key, state in merged.statistics.items() if key.endswith("output_variance")}
+    assert means
+    for key, state in means.items():
+        assert state["sum_of_outputs"].shape == (4, SIZES["hidden_size"]), key
