@@ -275,29 +275,25 @@ def main() -> None:
 def show(name: str, shape: Shape, *, as_json: bool) -> None:
     """Print the rows of one shape."""
     once = shape.bytes_once
+    plain = shape.flops / FLOPS_SHARE
     if not as_json:
+        alone = (f"{1 + seconds_of(once, 0, gpu) * flops / plain:.4f} on {gpu}" for gpu, (_, flops) in GPUS.items())
+        print(f"\nLlama-3-{name}: each activation once is {once / 1e6:.0f} MB a layer, alone {', '.join(alone)}")
         gpus = " | ".join(f"{gpu} ratio" for gpu in GPUS)
-        print(f"\nLlama-3-{name}: each activation once is {once / 1e6:.0f} MB a layer, alone " + ", ".join(
-            f"{1 + seconds_of(once, 0, gpu) / (shape.flops / (FLOPS_SHARE * GPUS[gpu][1])):.4f} on {gpu}" for gpu in GPUS
-        ))  # fmt: skip
         print(f"| scores | MB | times once | launches | GFLOP | MB held | {gpus} | H100, launches of 2 us |")
         print("|---|---|---|---|---|---|---|---|---|")
     for label, cost in rows(shape):
         num_bytes = cost.read + cost.written
-        ratios = [cost.ratio(shape, gpu) for gpu in GPUS]
+        ratios = {gpu: cost.ratio(shape, gpu) for gpu in GPUS}
         with_launches = cost.ratio(shape, "H100", LAUNCH_SECONDS)
         if as_json:
-            print(json.dumps({"shape": name, "scores": label, "bytes": num_bytes, "times_once": num_bytes / once,
-                              "launches": cost.launches, "products": cost.products, "held": cost.temporaries,
-                              "ratios": dict(zip(GPUS, ratios, strict=True)), "with_launches": with_launches}))  # fmt: skip
+            row = {"shape": name, "scores": label, "bytes": num_bytes, "times_once": num_bytes / once}
+            row |= {"launches": cost.launches, "products": cost.products, "held": cost.temporaries}
+            print(json.dumps({**row, "ratios": ratios, "ratio_with_launches": with_launches}))
             continue
-        numbers = [
-            f"{num_bytes / 1e6:.0f}",
-            f"{num_bytes / once:.3f}",
-            str(cost.launches),
-            f"{cost.products / 1e9:.0f}",
-        ]
-        numbers += [f"{cost.temporaries / 1e6:.0f}", *(f"{ratio:.4f}" for ratio in ratios), f"{with_launches:.4f}"]
+        numbers = [f"{num_bytes / 1e6:.0f}", f"{num_bytes / once:.3f}", str(cost.launches)]
+        numbers += [f"{cost.products / 1e9:.0f}", f"{cost.temporaries / 1e6:.0f}"]
+        numbers += [*(f"{ratio:.4f}" for ratio in ratios.values()), f"{with_launches:.4f}"]
         print(f"| {label} | {' | '.join(numbers)} |")
 
 
