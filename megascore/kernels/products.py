@@ -98,7 +98,8 @@ def _two_parts(x: Tensor, dim: int) -> Tensor:
 
 def _is_fast(device: torch.device) -> bool:
     """Say whether this device multiplies bfloat16 with float32 results, and this PyTorch offers it."""
-    if device.type == "cuda":
+    if device.type in ("cuda", "meta"):
+        # The meta device stands for a GPU: what is counted there must be what runs there.
         return hasattr(torch.ops.aten.mm, "dtype")
     has_setting = hasattr(torch.backends.mkldnn, "matmul") and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
     return device.type == "cpu" and has_setting and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
