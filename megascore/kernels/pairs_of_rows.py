@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megascore.kernels import reductions
+from megascore.kernels.fused_cosines import can_fuse, cosines
 
 __all__ = ["sum_of_cosines", "sum_of_squared_differences", "sum_of_squares"]
 
@@ -25,7 +26,14 @@ def sum_of_cosines(before: Tensor, after: Tensor, token_mask: Tensor | None = No
         after: The same shape.
         token_mask: bool [...]; tokens where it is False add nothing, whatever they hold. None counts all.
     """
-    return _sum(_cosines, before, after, token_mask)
+    total = before.new_zeros((), dtype=torch.float64)
+    for (x, y), mask in reductions.token_views([before, after], token_mask):
+        if not can_fuse(x, y):
+            total += _sum(_cosines, x, y, mask)
+            continue
+        values = cosines(x, y)
+        total += (values if mask is None else values.masked_fill_(~mask, 0)).sum(dtype=torch.float64)
+    return total
 
 
 def sum_of_squared_differences(before: Tensor, after: Tensor, token_mask: Tensor | None = None) -> Tensor:

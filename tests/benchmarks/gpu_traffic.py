@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megascore.hooks import IterativeChannelContributionHook
+from megascore.kernels import pairs_of_rows
 from megascore.runs.scoring_run import ScoringRun
 from megascore.sites.plain import PlainModelView
 from megascore.sites.requests import ScoreRequest, recipe
@@ -47,7 +48,9 @@ GPUS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
 LAUNCH_SECONDS = 2e-6
 """Of a kernel too small to fill a GPU, where nothing else runs meanwhile: an assumption."""
 NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
-WRITE_ONLY = {"copy_", "fill_", "zero_", "new_full", "new_zeros", "zeros", "full"}
+WRITE_ONLY = {"copy_", "fill_", "zero_"}
+CREATE = {"new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like"}
+"""Operators that take a tensor for its shape and kind alone."""
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
 """Operators of products, and the position of the first factor."""
 
@@ -132,6 +135,8 @@ class Count(TorchDispatchMode):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written and not written:
                 written = tensors  # Of operators on lists, which return nothing.
+            if name in CREATE:
+                continue
             if not is_written or not (argument.is_out or name in WRITE_ONLY or name.startswith("_foreach_copy")):
                 read += tensors
         self.add(name, sum(map(_num_bytes, read)), sum(map(_num_bytes, written)), _products(name, args))
@@ -181,6 +186,23 @@ def _products(name: str, args: Any) -> int:
 
 
 @contextmanager
+def _fused_kernels(count: Count) -> Iterator[None]:
+    """Let hooks take the kernels that CUDA has: each reads its arguments once and writes its result."""
+
+    def cosines(x: Tensor, y: Tensor) -> Tensor:
+        count.add("cosines", _num_bytes(x) + _num_bytes(y), 4 * len(x))
+        with torch.utils._python_dispatch._disable_current_modes():
+            return torch.empty(len(x), dtype=torch.float32, device="meta")
+
+    own = pairs_of_rows.can_fuse, pairs_of_rows.cosines
+    pairs_of_rows.can_fuse, pairs_of_rows.cosines = (lambda x, y: True), cosines
+    try:
+        yield
+    finally:
+        pairs_of_rows.can_fuse, pairs_of_rows.cosines = own
+
+
+@contextmanager
 def _counting_hooks(run: ScoringRun, count: Count) -> Iterator[None]:
     """Count what the hooks of the first layer do, and nothing that the model does between them."""
     modules = {site.place.module: None for site in run.sites if site.place.name.startswith("decoder.layers.0")}
@@ -220,7 +242,7 @@ def cost_of_layer(shape: Shape, requests: Iterable[ScoreRequest]) -> Cost:
     inside = {"attention_mask": torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool, device="meta")}
     count = Count()
     with torch.no_grad(), ScoringRun(PlainModelView(model), tuple(requests)) as run:
-        with _counting_hooks(run, count):
+        with _fused_kernels(count), _counting_hooks(run, count):
             model(tokens, use_cache=False, **inside)
     return count.cost()
 
