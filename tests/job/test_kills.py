@@ -101,7 +101,8 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(model_root
 
 def test_no_rank_waits_for_a_silent_one_longer_than_the_config_says(model_root: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path / "run", model_root, "float32")
-    job.config.write_text(job.config.read_text().replace("timeout_minutes: 1", "timeout_minutes: 0.05"))
+    patient = job.config.read_text()
+    job.config.write_text(patient.replace("timeout_minutes: 1", "timeout_minutes: 0.1"))
     ranks = start(job)
     while not (job.checkpoints / "megascore-step-00000001.safetensors").exists():
         time.sleep(0.002)
@@ -112,4 +113,6 @@ def test_no_rank_waits_for_a_silent_one_longer_than_the_config_says(model_root: 
     assert codes == [3, -signal.SIGKILL], log
     assert "imed out" in log
     assert read_status(job.checkpoints)["state"] == RunState.INTERRUPTED.value
-    assert start(job).wait() == [0, 0], log
+    # Where other programs run, one rank may start seconds after the other.
+    job.config.write_text(patient)
+    assert start(job).wait() == [0, 0], (job.folder / "log.txt").read_text()
